@@ -1,0 +1,71 @@
+"""Typed configuration: dataclass defaults < YAML file < ``key=value`` overrides."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_type_hints
+
+from terselm.errors import ConfigError
+
+C = TypeVar("C")
+
+
+def load_config(schema: type[C], path: Path | None = None, overrides: Sequence[str] = ()) -> C:
+    """Build ``schema`` (a dataclass, possibly nested) from its defaults, a YAML file and ``key=value`` strings.
+
+    Raises:
+        ConfigError: no such file, broken YAML, an unknown key (the nearest known one is named), a value of the wrong
+            type, or one that the dataclass itself refuses.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+    try:
+        layers = [OmegaConf.load(path)] if path is not None else []
+        layers.append(OmegaConf.from_dotlist(list(overrides)))
+    except FileNotFoundError:
+        raise ConfigError(f"no config file at {path}") from None
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path or 'overrides'}: {_one_line(error)}") from None
+    for layer in layers:
+        values = OmegaConf.to_container(layer)
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+        _check_keys(schema, cast("dict[str, Any]", values), prefix="")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), *layers)
+        return cast(C, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        cause = error.__cause__ if isinstance(error.__cause__, ConfigError) else error
+        key = getattr(error, "full_key", None)
+        raise ConfigError(f"{key}: {_one_line(cause)}" if key and cause is error else _one_line(cause)) from None
+
+
+def dump_config(config: Any) -> str:
+    """The resolved configuration as YAML, such as ``load_config`` reads back."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _check_keys(schema: type[Any], values: dict[str, Any], prefix: str) -> None:
+    hints = get_type_hints(schema)
+    names = [field.name for field in fields(schema)]
+    for key, value in values.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(prefix + n for n in names)}"
+            raise ConfigError(f"unknown config key {prefix}{key}; {hint}")
+        if is_dataclass(hints[key]) and isinstance(value, dict):
+            _check_keys(cast("type[Any]", hints[key]), value, prefix=f"{prefix}{key}.")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split("\n")[0].split()) if not isinstance(error, ConfigError) else str(error)
