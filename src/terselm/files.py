@@ -54,6 +54,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
+                file.chmod(0o666 & ~_umask())  # some writers (safetensors) make files that only the owner can read
                 _sync(file)
         partial.chmod(0o777 & ~_umask())
         partial.rename(path)

@@ -1,0 +1,1 @@
+"""Compress prompts: budget controller, iterative token-level compression, hard budget."""

@@ -1,0 +1,43 @@
+"""TerseLM: prompt compression with a small LM that is aligned to the target LLM.
+
+Public names are imported on first use, so that ``import terselm`` stays quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from terselm.compress.compressor import PromptCompressor
+    from terselm.compress.prompt import Prompt
+    from terselm.compress.result import CompressionResult, TokenDecision
+    from terselm.compress.settings import CompressionSettings
+    from terselm.errors import TerseLMError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressionResult",
+    "CompressionSettings",
+    "Prompt",
+    "PromptCompressor",
+    "TerseLMError",
+    "TokenDecision",
+    "__version__",
+]
+
+_HOME = {
+    "CompressionResult": "terselm.compress.result",
+    "CompressionSettings": "terselm.compress.settings",
+    "Prompt": "terselm.compress.prompt",
+    "PromptCompressor": "terselm.compress.compressor",
+    "TerseLMError": "terselm.errors",
+    "TokenDecision": "terselm.compress.result",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'terselm' has no attribute {name!r}")
