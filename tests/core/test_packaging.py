@@ -93,7 +93,7 @@ def test_licence_and_metadata(built: Built) -> None:
         metadata = archive.read(name).decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.11" in metadata
-    assert "Description-Content-Type: text/markdown" in metadata
+    assert metadata.endswith((ROOT / "README.md").read_text(encoding="utf-8"))
 
 
 def test_the_sdist_builds_the_same_wheel(built: Built) -> None:
