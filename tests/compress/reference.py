@@ -1,0 +1,219 @@
+"""The compressor once more, brute force: docs/algorithm.md line by line, each segment one full forward pass.
+
+No cache, no batch, and nothing of ``terselm.compress``. Only for prompts small enough to wait for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from reference_budget import control_budget
+from reference_pieces import Keep, Piece, Unit, read_pieces, tokenise, write
+
+from terselm.errors import BudgetError
+
+
+@dataclass
+class Answer:
+    text: str
+    original_tokens: int
+    compressed_tokens: int
+    selected: tuple[int, ...]
+    units: list[Unit]  # of all pieces, in source order
+    kept: list[bool]
+
+
+def surprisals(lm: Any, before: Sequence[int], ids: Sequence[int]) -> list[float]:
+    """-log p of each of ``ids`` after the start token, ``before`` and the ids in front of it."""
+    sequence = [lm.start_id, *before, *ids]
+    if len(sequence) > lm.window:
+        raise AssertionError("the reference read beyond the window")
+    with torch.no_grad():
+        logits = lm.model(input_ids=torch.tensor([sequence]), use_cache=False).logits[0]
+    log_probabilities = logits[len(before) : -1].float().log_softmax(-1)  # row i predicts ids[i]
+    return [-log_probabilities[i, token].item() for i, token in enumerate(ids)]
+
+
+def read_alone(lm: Any, piece: Piece) -> None:
+    """Perplexity of a demonstration by itself, and its units' surprisals."""
+    ids = [token for unit in piece.units for token in unit.ids]
+    values: list[float] = []
+    for start in range(0, len(ids), lm.window - 1):
+        values += surprisals(lm, [], ids[start : start + lm.window - 1])
+    piece.perplexity = math.exp(sum(values) / len(values))
+    for unit in piece.units:
+        unit.surprisal = sum(values[: unit.cost])
+        values = values[unit.cost :]
+
+
+def cut_into_segments(units: Sequence[Unit], size: int) -> list[list[Unit]]:
+    segments: list[list[Unit]] = []
+    for unit in units:
+        if segments and sum(other.cost for other in segments[-1]) + unit.cost <= size:
+            segments[-1].append(unit)
+        else:
+            segments.append([unit])
+    return segments
+
+
+def join(units: Sequence[Unit], last: int | None, separator: list[int]) -> tuple[list[int], list[int]]:
+    """Token ids of ``units`` after text that ends in piece ``last``, and where each unit's tokens begin."""
+    ids: list[int] = []
+    begins: list[int] = []
+    for unit in units:
+        if last is not None and unit.piece != last:
+            ids += separator
+        begins.append(len(ids))
+        ids += unit.ids
+        last = unit.piece
+    return ids, begins
+
+
+def compress_parts(lm: Any, parts: list[tuple[list[Unit], int]], separator: list[int], size: int) -> list[Unit]:
+    """The kept units of parts given as (units, budget); sets every unit's surprisal, segment and margin."""
+    kept: list[Unit] = []
+    prefix: list[int] = []
+    number = 0
+    for units, budget in parts:
+        free_tokens = sum(unit.cost for unit in units if not unit.protected)
+        free_read = free_kept = 0
+        for segment in cut_into_segments(units, size):
+            last = kept[-1].piece if kept else None
+            ids, begins = join(segment, last, separator)
+            if 1 + len(prefix) + len(ids) > lm.window:
+                prefix = prefix[len(prefix) - min(lm.window // 2, lm.window - 1 - len(ids), len(prefix)) :]
+            values = surprisals(lm, prefix, ids)
+            for unit, begin in zip(segment, begins, strict=True):
+                unit.surprisal = sum(values[begin : begin + unit.cost])
+                unit.segment = number
+            number += 1
+            free = [unit for unit in segment if not unit.protected]
+            free_read += sum(unit.cost for unit in free)
+            allowed = budget * free_read // free_tokens - free_kept if free_tokens else 0
+            taken = take_most_surprising(free, allowed)
+            free_kept += sum(unit.cost for unit in taken)
+            survivors = [unit for unit in segment if unit.protected or unit in taken]
+            prefix += join(survivors, last, separator)[0]
+            kept += survivors
+    return kept
+
+
+def take_most_surprising(free: list[Unit], allowed: int) -> list[Unit]:
+    ranked = sorted(free, key=lambda unit: -unit.score)  # stable: of equals, the earlier first
+    taken: list[Unit] = []
+    for unit in ranked:
+        if unit.cost > allowed:
+            break
+        allowed -= unit.cost
+        taken.append(unit)
+    if free:
+        gamma = taken[-1].score if taken else ranked[0].score
+        for unit in free:
+            unit.margin = unit.score - gamma
+    return taken
+
+
+def enforce(
+    everything: list[Unit],
+    kept: list[Unit],
+    spare: list[Unit],
+    budget: int,
+    count: Callable[[str], int],
+    separator: str,
+) -> list[Unit]:
+    """The units that stay. ``everything`` is in source order; ``spare`` are units outside Stage 2, best first."""
+    order = {id(unit): i for i, unit in enumerate(everything)}
+    alive = {order[id(unit)] for unit in kept}
+
+    def counted(chosen: set[int]) -> int:
+        return count(write([everything[i] for i in sorted(chosen)], separator))
+
+    losers = sorted((unit for unit in kept if not unit.protected), key=lambda unit: (unit.margin, -order[id(unit)]))
+    c = counted(alive)
+    while c > budget:
+        if not losers:
+            smallest = count(write([unit for unit in everything if unit.protected], separator))
+            raise BudgetError("the reference finds no room", smallest=smallest)
+        m = max(1, (c - budget) * len(alive) // (2 * c))
+        alive -= {order[id(unit)] for unit in losers[:m]}
+        losers = losers[m:]
+        c = counted(alive)
+    dropped = [unit for unit in everything if unit.segment is not None and order[id(unit)] not in alive]
+    queue = [*sorted(dropped, key=lambda unit: (-unit.margin, order[id(unit)])), *spare]
+    m = None
+    while queue and 100 * c < 98 * budget:
+        if m is None:
+            m = max(1, (budget - c) * len(alive) // (2 * c)) if c else 1
+        tried = alive | {order[id(unit)] for unit in queue[:m]}
+        if counted(tried) <= budget:
+            alive, queue, m = tried, queue[m:], None
+            c = counted(alive)
+        elif m > 1:
+            m //= 2
+        else:
+            queue = queue[1:]
+    if not alive:
+        raise BudgetError(
+            "the reference keeps nothing", smallest=min(count(write([unit], separator)) for unit in everything)
+        )
+    return [everything[i] for i in sorted(alive)]
+
+
+def compress(
+    lm: Any,
+    prompt: Any,
+    settings: Any,
+    *,
+    budget: int | None = None,
+    rate: float | None = None,
+    keep: Sequence[Keep] = (),
+    counter: Callable[[str], int] | None = None,
+) -> Answer:
+    """Compress ``prompt`` (with ``instruction``, ``demonstrations``, ``question``) to ``budget`` or ``rate``.
+
+    Raises:
+        BudgetError: as the specification says, with ``smallest``.
+    """
+    count = counter or (lambda text: len(tokenise(lm.tokenizer, text)))
+    pieces = read_pieces(lm, prompt, keep, settings)
+    everything = [unit for piece in pieces for unit in piece.units]
+    original = write(everything, settings.separator)
+    total = count(original)
+    if budget is None:
+        assert rate is not None
+        budget = math.floor(rate * total)
+    numbers = tuple(piece.index for piece in pieces if piece.part == "demonstration")
+    if total <= budget:
+        return Answer(original, total, total, numbers, everything, [True] * len(everything))
+    separator = [token for token, _, _ in tokenise(lm.tokenizer, settings.separator)]
+    length = sum(unit.cost for unit in everything) + len(separator) * (len(pieces) - 1)
+    target = budget if counter is None else budget * length // total
+
+    chosen, shares = control_budget(pieces, target, len(separator), settings, lambda piece: read_alone(lm, piece))
+    of = {part: [p for p in pieces if p.part == part] for part in ("instruction", "demonstration", "question")}
+    parts = [
+        ([unit for piece in of["instruction"] for unit in piece.units], shares.instruction),
+        (
+            [unit for piece in of["demonstration"] for unit in piece.units if unit.protected or piece in chosen],
+            shares.demonstrations,
+        ),
+        ([unit for piece in of["question"] for unit in piece.units], shares.question),
+    ]
+    kept = compress_parts(lm, parts, separator, settings.segment_size)
+    outside = sorted(of["demonstration"], key=lambda piece: -piece.perplexity)
+    spare = [unit for piece in outside for unit in piece.units if unit.segment is None]
+    final = enforce(everything, kept, spare, budget, count, settings.separator)
+    text = write(final, settings.separator)
+    stays = {id(unit) for unit in final}
+    return Answer(
+        text,
+        total,
+        count(text),
+        tuple(piece.index for piece in chosen),
+        everything,
+        [id(unit) in stays for unit in everything],
+    )
