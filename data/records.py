@@ -1,0 +1,112 @@
+"""Reading, writing and splitting records of what a target LLM was asked and what it answered."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from terselm.data.formats import Format, Reader, detect_format, record_to_object
+from terselm.data.jsonl import dump_object, read_objects
+from terselm.data.schema import (
+    Generation,
+    Message,
+    Record,
+    Role,
+    Usage,
+    prompt_hash,
+    record_id,
+)
+from terselm.errors import ConfigError, DataFormatError
+from terselm.files import atomic_file
+
+__all__ = [
+    "Format",
+    "Generation",
+    "Message",
+    "Record",
+    "Role",
+    "Usage",
+    "prompt_hash",
+    "read_records",
+    "record_id",
+    "split_by_instruction",
+    "write_records",
+]
+
+
+def read_records(path: Path | str, format: Format | None = None) -> Iterator[Record]:
+    """Read the records of a JSON Lines file, in order; keys that the format does not name are passed over.
+
+    Args:
+        path: the file.
+        format: its format; by default told from the keys of the first line.
+
+    Raises:
+        DataFormatError: no such file, no records in it, or a bad line: broken JSON, a missing key, a wrong type, an
+            empty text, an unknown role, an id that came before.
+    """
+    path = Path(path)
+    reader: Reader | None = None
+    lines: dict[str, int] = {}
+    for number, value in read_objects(path):
+        try:
+            reader = reader or Reader(format or detect_format(value))
+            record = reader.record(value)
+        except ValueError as error:
+            where = f" (read as format {reader.format.value})" if reader else ""
+            raise DataFormatError(path, number, f"{error}{where}") from None
+        if record.id in lines:
+            raise DataFormatError(path, number, f"id {record.id!r} is already that of line {lines[record.id]}")
+        lines[record.id] = number
+        yield record
+    if not lines:
+        raise DataFormatError(path, None, "holds no records")
+
+
+def write_records(path: Path | str, records: Iterable[Record]) -> None:
+    """Write records as JSON Lines; the file appears complete or not at all.
+
+    Raises:
+        OSError: the disk is full or the folder is not writable; the file is then as it was.
+    """
+    with atomic_file(Path(path)) as file:
+        for record in records:
+            file.write(dump_object(record_to_object(record)) + "\n")
+
+
+def split_by_instruction(records: Iterable[Record], held_out: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Split into (training, held-out) records, each in the given order.
+
+    The side depends on nothing but ``seed`` and the prompt: all answers to one prompt land on the same side, and a
+    prompt stays on its side when others are added or taken away.
+
+    Args:
+        records: what to split.
+        held_out: expected share of the prompts that is held out, in [0, 1); 0 holds out nothing.
+        seed: another seed gives another split.
+
+    Raises:
+        ConfigError: ``held_out`` is out of range, or one side would be empty.
+    """
+    if not 0 <= held_out < 1:
+        raise ConfigError(f"held_out is {held_out}; expected a share of at least 0 and below 1")
+    sides: tuple[list[Record], list[Record]] = ([], [])
+    prompts = set()
+    for record in records:
+        prompt = prompt_hash(record.messages)
+        prompts.add(prompt)
+        sides[_uniform(prompt, seed) < held_out].append(record)
+    if not sides[0] or (held_out > 0 and not sides[1]):
+        empty = "held-out" if sides[0] else "training"
+        raise ConfigError(
+            f"held_out={held_out} with seed {seed} leaves no {empty} records out of {len(prompts)} distinct prompts; "
+            "change held_out or add prompts"
+        )
+    return sides
+
+
+def _uniform(prompt: str, seed: int) -> float:
+    """A number in [0, 1) that is fixed by its arguments."""
+    digest = hashlib.sha256(f"{seed}:{prompt}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
