@@ -136,8 +136,7 @@ def enforce(
     c = counted(alive)
     while c > budget:
         if not losers:
-            smallest = count(write([unit for unit in everything if unit.protected], separator))
-            raise BudgetError("the reference finds no room", smallest=smallest)
+            raise BudgetError("the reference finds no room", smallest=smallest_budget(everything, count, separator))
         m = max(1, (c - budget) * len(alive) // (2 * c))
         alive -= {order[id(unit)] for unit in losers[:m]}
         losers = losers[m:]
@@ -145,7 +144,7 @@ def enforce(
     dropped = [unit for unit in everything if unit.segment is not None and order[id(unit)] not in alive]
     queue = [*sorted(dropped, key=lambda unit: (-unit.margin, order[id(unit)])), *spare]
     m = None
-    while queue and 100 * c < 98 * budget:
+    while queue and (not alive or 100 * c < 98 * budget):
         if m is None:
             m = max(1, (budget - c) * len(alive) // (2 * c)) if c else 1
         tried = alive | {order[id(unit)] for unit in queue[:m]}
@@ -157,10 +156,14 @@ def enforce(
         else:
             queue = queue[1:]
     if not alive:
-        raise BudgetError(
-            "the reference keeps nothing", smallest=min(count(write([unit], separator)) for unit in everything)
-        )
+        raise BudgetError("the reference keeps nothing", smallest=smallest_budget(everything, count, separator))
     return [everything[i] for i in sorted(alive)]
+
+
+def smallest_budget(everything: list[Unit], count: Callable[[str], int], separator: str) -> int:
+    """What the protected units need; the cheapest unit, if none is protected."""
+    protected = [unit for unit in everything if unit.protected]
+    return count(write(protected, separator)) if protected else min(count(write([u], separator)) for u in everything)
 
 
 def compress(
