@@ -27,6 +27,22 @@ class Case:
     counter: Callable[[str], int] | None = None
 
 
+def count_bytes(text: str) -> int:
+    return len(text.encode())
+
+
+def count_words(text: str) -> int:
+    return len(text.split())
+
+
+def count_with_overhead(text: str) -> int:
+    return 3 + len(text) // 2
+
+
+def count_unevenly(text: str) -> int:
+    return len(text) // 4 + 30 * text.count("gg")
+
+
 def run_reference(lm: Any, case: Case) -> reference.Answer:
     return reference.compress(
         lm,

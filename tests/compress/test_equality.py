@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from agreement import Case, assert_agrees
+from agreement import Case, assert_agrees, count_bytes, count_with_overhead, count_words
 from fakes import random_lm
 from terselm.compress.protect import Preset
 
@@ -31,18 +31,6 @@ TEXTS = [INSTRUCTION, APPLES, BOOKS, TRAIN, QUESTION, CHINESE, JAPANESE, EMOJI, 
 ODD_TEXTS = [" ", "\n\n", "\t", "a", "é", "👍", "x y", " \r\n ", "7"]
 KINDS = ["llama", "gpt2", "gemma"]
 SMALL = CompressionSettings(segment_size=20)
-
-
-def count_bytes(text: str) -> int:
-    return len(text.encode())
-
-
-def count_words(text: str) -> int:
-    return len(text.split())
-
-
-def count_with_overhead(text: str) -> int:
-    return 3 + len(text) // 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

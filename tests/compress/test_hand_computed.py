@@ -125,6 +125,12 @@ def test_the_most_perplexing_demonstrations_are_selected(compress: Callable[...,
     assert outcome.text == " b\n\nd"
 
 
+def test_selection_goes_on_while_the_limit_is_not_exceeded(compress: Callable[..., Outcome]) -> None:
+    # The limit is 2 * 4 tokens. Two demonstrations reach it exactly, so the third is selected too.
+    outcome = compress(make_lm(), Case(prompt=Prompt(demonstrations=("a b c d", "a c d e", "b c d e")), budget=4))
+    assert outcome.selected == (0, 1, 2)
+
+
 def test_a_candidate_that_does_not_fit_is_passed_over(compress: Callable[..., Outcome]) -> None:
     # 5 characters of 11 are 2 tokens: " b f". One character is left: e, then d do not fit, a does.
     outcome = compress(make_lm(), one("a b c d e f", budget=5, counter=len))
@@ -136,6 +142,12 @@ def test_what_exceeds_the_budget_leaves(compress: Callable[..., Outcome]) -> Non
     outcome = compress(make_lm(), one("a b elephant", budget=6, counter=len))
     assert outcome.bits == pytest.approx([1, 4, 5], abs=1e-4)
     assert outcome.text == "a b"
+
+
+def test_the_empty_text_is_no_answer(compress: Callable[..., Outcome]) -> None:
+    # Counting adds 300. Of b and elephant both leave; 300 is within 2% of 302, but b fits.
+    outcome = compress(make_lm(), one("a b elephant", budget=302, counter=lambda text: 300 + len(text)))
+    assert outcome.text == " b"
 
 
 def test_protected_words_are_charged_first(compress: Callable[..., Outcome]) -> None:
