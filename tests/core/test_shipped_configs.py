@@ -1,0 +1,56 @@
+"""Every file under configs/ loads with the code that reads it, and opens with the command that uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from package_tree import ROOT
+from terselm.compress.settings import CompressionSettings
+
+from terselm.config import load_config
+
+CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*") if path.is_file())
+
+
+def align(path: Path) -> Any:
+    from terselm.train.config import AlignConfig
+
+    return load_config(AlignConfig, path)
+
+
+def accelerate(path: Path) -> Any:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    return load_config_from_file(str(path))
+
+
+def compress(path: Path) -> Any:
+    return load_config(CompressionSettings, path)
+
+
+READERS: dict[str, Callable[[Path], Any]] = {"align": align, "accelerate": accelerate, "compress": compress}
+
+
+def test_each_reader_has_something_to_read() -> None:
+    assert {path.parts[1] for path in CONFIGS} == READERS.keys()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_it_loads(path: Path) -> None:
+    assert READERS[path.parts[1]](ROOT / path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_it_opens_with_the_command_that_uses_it(path: Path) -> None:
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    opening = []
+    for line in lines:
+        if not line.startswith("#"):
+            break
+        opening.append(line)
+    commands = [line for line in opening if path.as_posix() in line]
+    assert commands, f"{path} opens with no comment that holds a command with {path.as_posix()}"
+    assert any(word in line for line in commands for word in ("accelerate launch", "terselm "))
