@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from package_tree import ROOT
-from terselm.compress.settings import CompressionSettings
 
 from terselm.config import load_config
 
@@ -28,6 +27,8 @@ def accelerate(path: Path) -> Any:
 
 
 def compress(path: Path) -> Any:
+    from terselm.compress.settings import CompressionSettings
+
     return load_config(CompressionSettings, path)
 
 
