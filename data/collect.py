@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from terselm import __version__
-from terselm.data.faults import Fault, find_fault, loop_start
+from terselm.data.faults import Fault, cut_loop, find_fault
 from terselm.data.formats import Format, Reader, record_to_object
 from terselm.data.generate import Answer, Limits, Query, encode, generate
 from terselm.data.instructions import Instruction
@@ -20,7 +20,7 @@ from terselm.data.jsonl import Json
 from terselm.data.records import read_records, write_records
 from terselm.data.requests import CollectSettings, PromptTemplate, Request, plan_requests, render
 from terselm.data.schema import Generation, Record, Usage
-from terselm.errors import ConfigError, DataFormatError
+from terselm.errors import ConfigError, DataFormatError, TargetLLMError
 from terselm.files import remove_partials
 from terselm.models import CausalLM, load_causal_lm
 
@@ -64,9 +64,9 @@ def collect_local(
     """Generate the target's answers to all instructions and write them to ``out`` as records.
 
     Each batch is committed to a journal beside ``out`` before the next begins, so a run that was killed goes on where
-    it stopped. Answers that ``out`` or the journal hold already are not generated again. A sampled answer that is
-    empty, loops or copies the template's examples is drawn again with the next seed; one that still loops is cut
-    after its first cycle, the others are dropped. A greedy answer has but one attempt.
+    it stopped. Answers that ``out`` or the journal hold already are not generated again. A sampled answer with a
+    fault (see `faults`) is drawn again with the next seed. One that still loops after the last attempt is cut after
+    its first cycle; with another fault, it is dropped. A greedy answer has but one attempt.
 
     Args:
         instructions: what to ask.
@@ -80,6 +80,7 @@ def collect_local(
         ContextLengthError: a prompt and its answer do not fit into the model's window.
         DataFormatError: ``out`` or its journal is damaged.
         ModelError: the model cannot be loaded.
+        TargetLLMError: no answer was fit to keep.
     """
     requests = plan_requests(instructions, settings)
     with _locked(out):
@@ -93,7 +94,13 @@ def collect_local(
                 lm = lm or load_causal_lm(settings.model, device=settings.device, dtype=settings.dtype)
                 for entry in _answer_all(lm, pending, settings, journal):
                     state.note(entry)
-            write_records(out, [state.done[request.id] for request in requests if request.id in state.done])
+            records = [state.done[request.id] for request in requests if request.id in state.done]
+            if not records:
+                raise TargetLLMError(
+                    f"none of the {len(requests)} answers of {settings.model} was fit to keep; {journal.path} says "
+                    "why: try another prompt template, or a higher temperature"
+                )
+            write_records(out, records)
             journal.remove()
     return _summary(requests, state, reused)
 
@@ -123,16 +130,14 @@ class _State:
 def _answer_all(
     lm: CausalLM, pending: Sequence[Request], settings: CollectSettings, journal: Journal
 ) -> Iterator[Json]:
-    """Generate what is pending, attempt by attempt, longest prompts first; yield what was committed."""
+    """Generate what is pending, attempt by attempt; yield what was committed."""
     limits = Limits(max_new_tokens=settings.max_new_tokens, top_p=settings.top_p, top_k=settings.top_k)
     prompts = {request.id: render(request, lm.tokenizer) for request in pending}
     lengths = {name: len(encode(lm, prompt, settings.max_new_tokens)) for name, prompt in prompts.items()}
     with tqdm(total=len(pending), desc=f"Asking {lm.name}", unit="answer", disable=None) as bar:
         for attempt in range(1, settings.attempts + 1):
-            pending = sorted(pending, key=lambda request: (-lengths[request.id], request.id))
             again = []
-            for start in range(0, len(pending), settings.batch_size):
-                batch = pending[start : start + settings.batch_size]
+            for batch in _batches(pending, lengths, settings.batch_size):
                 answers = generate(lm, [_query(request, prompts[request.id], attempt) for request in batch], limits)
                 committed = []
                 for request, answer in zip(batch, answers, strict=True):
@@ -146,7 +151,19 @@ def _answer_all(
                 yield from committed
                 bar.update(len(committed))
                 bar.set_postfix_str(f"{len(again)} to ask again", refresh=False)
-            pending = again
+            if not (pending := again):
+                return
+
+
+def _batches(pending: Sequence[Request], lengths: Mapping[str, int], size: int) -> Iterator[list[Request]]:
+    """Longest prompts first; a prompt of less than half the tokens of a batch's first goes into the next batch."""
+    batch: list[Request] = []
+    for request in sorted(pending, key=lambda request: (-lengths[request.id], request.id)):
+        if batch and (len(batch) == size or 2 * lengths[request.id] < lengths[batch[0].id]):
+            yield batch
+            batch = []
+        batch.append(request)
+    yield batch
 
 
 def _query(request: Request, prompt: str, attempt: int) -> Query:
@@ -160,13 +177,15 @@ def _query(request: Request, prompt: str, attempt: int) -> Query:
 
 def _judge(request: Request, answer: Answer, model: str, attempt: int, last: bool) -> Json | None:
     """The journal's entry for an answer: a record or why there is none; None if it should be asked for again."""
+    prompt = "\n\n".join(message.content for message in request.instruction.messages)
     template = request.template.text if request.template else ""
-    fault = find_fault(answer.text, template)
+    unfinished = answer.finish_reason == "length"
+    fault = find_fault(answer.text, prompt, template, unfinished=unfinished)
     if fault is not None and not last:
         return None
     if fault is Fault.LOOP:
-        answer = replace(answer, text=answer.text[: loop_start(answer.text)].strip(), finish_reason="loop")
-        fault = find_fault(answer.text, template)
+        answer = replace(answer, text=cut_loop(answer.text, unfinished=unfinished), finish_reason="loop")
+        fault = find_fault(answer.text, prompt, template)
     if fault is not None:
         return {"id": request.id, "dropped": fault.value}
     return record_to_object(_record(request, answer, model, attempt))
@@ -233,8 +252,13 @@ def _locked(out: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     out.parent.mkdir(parents=True, exist_ok=True)
+    lock = out.with_name(f".{out.name}.lock")
     try:
-        with FileLock(out.with_name(f".{out.name}.lock"), timeout=0):
-            yield
+        with FileLock(lock, timeout=0):
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # Windows keeps an open file
+                    lock.unlink()
     except Timeout:
         raise ConfigError(f"another process is writing {out}; wait for it, or name another file") from None

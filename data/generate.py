@@ -116,6 +116,7 @@ class _Row:
     limits: Limits
     prompt: list[int] = field(init=False)
     generator: Generator = field(init=False)
+    ends: set[int] = field(init=False)
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -124,6 +125,7 @@ class _Row:
 
         self.prompt = encode(self.lm, self.query.prompt, self.limits.max_new_tokens)
         self.generator = torch.Generator().manual_seed(self.query.seed)
+        self.ends = _end_ids(self.lm)
         # A token is at least a byte, so a stop string that has just been completed lies within so many tokens.
         self._tail = max((len(stop.encode()) for stop in self.query.stop), default=0) + 1
 
@@ -131,7 +133,7 @@ class _Row:
         if self.finish_reason is not None:
             return
         self.tokens.append(token)
-        if token in _end_ids(self.lm) or (self._tail > 1 and self._stops(self.tokens[-self._tail :])):
+        if token in self.ends or (self._tail > 1 and self._stops(self.tokens[-self._tail :])):
             self.finish_reason = "stop"
         elif len(self.tokens) == self.limits.max_new_tokens:
             self.finish_reason = "length"
@@ -194,8 +196,7 @@ def _left_pad(prompts: Sequence[Sequence[int]], lm: CausalLM) -> tuple[Tensor, T
     return ids.to(lm.model.device), mask.to(lm.model.device)
 
 
-def _end_ids(lm: CausalLM) -> list[int]:
+def _end_ids(lm: CausalLM) -> set[int]:
+    """What ends an answer: a chat model names the end of a turn in its settings, besides the end of text."""
     ends: Any = lm.model.generation_config.eos_token_id
-    if ends is None:
-        ends = lm.tokenizer.eos_token_id
-    return ends if isinstance(ends, list) else [ends]
+    return {lm.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}

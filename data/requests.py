@@ -128,7 +128,9 @@ def _plain(name: str, messages: Sequence[Message]) -> str:
     for message in messages:
         if message.role not in (Role.SYSTEM, Role.USER):
             raise DataFormatError(
-                f"instruction {name}", None, f"a plain template cannot hold a {message.role} turn; use a chat model"
+                f"instruction {name}",
+                None,
+                f"a plain template cannot hold a turn of the {message.role}; use a chat model",
             )
     return "\n\n".join(message.content for message in messages)
 
