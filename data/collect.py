@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from terselm import __version__
-from terselm.data.faults import Fault, cut_loop, find_fault
-from terselm.data.formats import Format, Reader, record_to_object
-from terselm.data.generate import Answer, Limits, Query, encode, generate
+from terselm.data.faults import Fault
+from terselm.data.formats import Format, Reader
+from terselm.data.generate import Limits, Query, encode, generate
 from terselm.data.instructions import Instruction
 from terselm.data.journal import Journal
 from terselm.data.jsonl import Json
+from terselm.data.judge import judge
 from terselm.data.records import read_records, write_records
 from terselm.data.requests import CollectSettings, PromptTemplate, Request, plan_requests, render
-from terselm.data.schema import Generation, Record, Usage
+from terselm.data.schema import Record
 from terselm.errors import ConfigError, DataFormatError, TargetLLMError
 from terselm.files import remove_partials
 from terselm.models import CausalLM, load_causal_lm
@@ -142,7 +141,7 @@ def _answer_all(
                 committed = []
                 for request, answer in zip(batch, answers, strict=True):
                     last = attempt == settings.attempts or request.temperature == 0
-                    entry = _judge(request, answer, settings.model, attempt, last)
+                    entry = judge(request, answer, settings.model, attempt, last)
                     if entry is None:
                         again.append(request)
                     else:
@@ -172,43 +171,6 @@ def _query(request: Request, prompt: str, attempt: int) -> Query:
         temperature=request.temperature,
         seed=request.seed + attempt - 1,
         stop=tuple(request.template.stop) if request.template else (),
-    )
-
-
-def _judge(request: Request, answer: Answer, model: str, attempt: int, last: bool) -> Json | None:
-    """The journal's entry for an answer: a record or why there is none; None if it should be asked for again."""
-    prompt = "\n\n".join(message.content for message in request.instruction.messages)
-    template = request.template.text if request.template else ""
-    unfinished = answer.finish_reason == "length"
-    fault = find_fault(answer.text, prompt, template, unfinished=unfinished)
-    if fault is not None and not last:
-        return None
-    if fault is Fault.LOOP:
-        answer = replace(answer, text=cut_loop(answer.text, unfinished=unfinished), finish_reason="loop")
-        fault = find_fault(answer.text, prompt, template)
-    if fault is not None:
-        return {"id": request.id, "dropped": fault.value}
-    return record_to_object(_record(request, answer, model, attempt))
-
-
-def _record(request: Request, answer: Answer, model: str, attempt: int) -> Record:
-    import transformers
-
-    return Record(
-        id=request.id,
-        category=request.instruction.category,
-        messages=request.instruction.messages,
-        response=answer.text,
-        generation=Generation(
-            model=model,
-            parameters=request.parameters,
-            sample=request.sample,
-            attempts=attempt,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            finish_reason=answer.finish_reason,
-            usage=Usage(prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens),
-            versions={"terselm": __version__, "transformers": transformers.__version__},
-        ),
     )
 
 

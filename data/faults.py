@@ -57,13 +57,17 @@ def find_fault(text: str, prompt: str, template: str, *, unfinished: bool = Fals
 
 
 def cut_loop(text: str, *, unfinished: bool = False) -> str:
-    """``text`` up to where it begins to say again what it said before, at the end of a line or sentence if it can."""
+    """``text`` up to where it begins to say again what it said before, at the end of a line or sentence if it can.
+
+    Empty if that holds no letter.
+    """
     start = _loop_start(text, unfinished)
     if start is None:
         return text
     kept = text[:start]
     ends = [match.end() for match in re.finditer(r"[^\s\d][.!?](?=\s|$)|(?=\n)", kept)]
-    return _LAST_MARK.sub("", kept[: ends[-1]] if ends else kept).strip()
+    kept = _LAST_MARK.sub("", kept[: ends[-1]] if ends else kept).strip()
+    return kept if re.search(r"[^\W\d_]", kept) else ""
 
 
 def copied_share(text: str, source: str) -> float:

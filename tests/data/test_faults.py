@@ -38,6 +38,7 @@ LOOPS = {
     "Bees use their sense of smell to find the way back to the hive.": (
         "Bees use their sense of smell to find the way back to the hive. They are good at it."
     ),
+    "1. 1. 1. " * 9: "",
     "天气很好。" * 20: "天气很好。",
 }
 COUNTING = {
@@ -45,7 +46,7 @@ COUNTING = {
     "\n".join(f"{n}. I will do it." for n in range(1, 21)) + "\n21. I will d": "1. I will do it.",
     "5 days = 5 * 5 = 1.56 km\n"
     + "".join(f"{n} km = {n} * 5 = {n}.5 km\n" for n in range(2, 19)): "5 days = 5 * 5 = 1.56 km",
-    "\n".join(f"| {n} | 10.0.0.{n} |" for n in range(1, 40)) + "\n| 4": "| 1 | 10.0.0.1 |",
+    "\n".join(f"| host {n} | 10.0.0.{n} |" for n in range(1, 40)) + "\n| host 4": "| host 1 | 10.0.0.1 |",
 }
 TEMPLATE = (
     "### Instruction:\nPlan a day.\n\n### Response:\nMove the furniture into the middle and cover it.\n\n{prompt}"
