@@ -1,0 +1,183 @@
+"""Every setting of an alignment run, with its unit; see ``configs/align/`` for whole examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from terselm.errors import ConfigError
+
+
+class Template(StrEnum):
+    """How a record becomes text."""
+
+    RAW = "raw"
+    """The messages and the response, with blank lines between: what the compressor reads."""
+    ALPACA = "alpaca"
+    """The instruction template of the LLMLingua paper."""
+
+
+class LossOn(StrEnum):
+    """Which tokens the loss counts."""
+
+    RESPONSE = "response"
+    ALL = "all"
+
+
+class Overlong(StrEnum):
+    """What becomes of a record longer than a row."""
+
+    SPLIT = "split"
+    """Cut into pieces that are read one by one; a piece without a counted token is left out."""
+    DROP = "drop"
+    """Left out."""
+
+
+class Precision(StrEnum):
+    """Number format of the frozen weights and the matrix products; the adapter and the loss are float32."""
+
+    AUTO = "auto"
+    """bfloat16 where the hardware multiplies it fast, float32 elsewhere."""
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Schedule(StrEnum):
+    """The learning rate after warm-up."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant_with_warmup"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What is learnt from, and what is held out."""
+
+    records: str = "data/sample/records.jsonl"
+    """JSON Lines file with the target's output."""
+    max_length: int = 1024
+    """Tokens in a packed row, the start token of each record included."""
+    overlong: Overlong = Overlong.SPLIT
+    """What becomes of a record longer than ``max_length``."""
+
+    def __post_init__(self) -> None:
+        _refuse(
+            (not self.records.strip(), "data.records is empty; expected a JSON Lines file"),
+            (self.max_length < 8, f"data.max_length is {self.max_length}; expected at least 8 tokens"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Low-rank adapters on every linear layer but the output head (arXiv:2106.09685)."""
+
+    rank: int = 16
+    """r of the paper."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Share of the adapter's inputs set to zero, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        _refuse(
+            (self.rank < 1, f"lora.rank is {self.rank}; expected at least 1"),
+            (not self.alpha > 0, f"lora.alpha is {self.alpha}; expected more than 0"),
+            (not 0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; expected at least 0 and below 1"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimisationSettings:
+    """AdamW and its schedule."""
+
+    epochs: float = 1.0
+    """Passes over the training rows; rounded to whole steps, at least one."""
+    rows_per_step: int = 8
+    """Packed rows in one optimiser step, over all processes."""
+    rows_per_pass: int = 1
+    """Packed rows that one process takes through the model at once."""
+    learning_rate: float = 2e-4
+    """Its peak."""
+    schedule: Schedule = Schedule.COSINE
+    """The learning rate after warm-up."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises to its peak, in [0, 1]."""
+    weight_decay: float = 0.0
+    """AdamW's, per unit of learning rate."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this Euclidean norm; 0 leaves them as they are."""
+
+    def __post_init__(self) -> None:
+        _refuse(
+            (not self.epochs > 0, f"optimisation.epochs is {self.epochs}; expected more than 0"),
+            (self.rows_per_step < 1, f"optimisation.rows_per_step is {self.rows_per_step}; expected at least 1"),
+            (self.rows_per_pass < 1, f"optimisation.rows_per_pass is {self.rows_per_pass}; expected at least 1"),
+            (
+                not 0 < self.learning_rate < 1,
+                f"optimisation.learning_rate is {self.learning_rate}; expected more than 0 and below 1",
+            ),
+            (not 0 <= self.warmup <= 1, f"optimisation.warmup is {self.warmup}; expected a share in [0, 1]"),
+            (self.weight_decay < 0, f"optimisation.weight_decay is {self.weight_decay}; expected at least 0"),
+            (self.max_grad_norm < 0, f"optimisation.max_grad_norm is {self.max_grad_norm}; expected at least 0"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Held-out text, scored before and after."""
+
+    held_out: float = 0.1
+    """Expected share of the prompts that is never trained on, in (0, 1)."""
+    rows_per_pass: int = 4
+    """Packed rows that one process scores at once."""
+
+    def __post_init__(self) -> None:
+        _refuse(
+            (
+                not 0 < self.held_out < 1,
+                f"evaluation.held_out is {self.held_out}; expected a share above 0 and below 1",
+            ),
+            (self.rows_per_pass < 1, f"evaluation.rows_per_pass is {self.rows_per_pass}; expected at least 1"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig:
+    """One alignment run."""
+
+    model: str = "smollm2-135m"
+    """The small LM: an alias, a folder or a hub id."""
+    run_dir: str = "runs/align"
+    """Folder for the adapter, the metrics and the checkpoints."""
+    data: DataSettings = field(default_factory=DataSettings)
+    template: Template = Template.RAW
+    """How a record becomes text."""
+    loss_on: LossOn = LossOn.RESPONSE
+    """Which tokens the loss counts; held-out text is always scored on the response."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    optimisation: OptimisationSettings = field(default_factory=OptimisationSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    dtype: Precision = Precision.AUTO
+    """Number format of the frozen weights and the matrix products."""
+    seed: int = 0
+    """Of the held-out split, the order of the rows, and the adapter's first values."""
+    log_every: int = 5
+    """Optimiser steps between two entries of the loss history."""
+    save_every: int = 50
+    """Optimiser steps between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        _refuse(
+            (not self.model.strip(), "model is empty; expected an alias, a folder or a hub id"),
+            (not self.run_dir.strip(), "run_dir is empty; expected a folder"),
+            (self.seed < 0, f"seed is {self.seed}; expected at least 0"),
+            (self.log_every < 1, f"log_every is {self.log_every}; expected at least 1 step"),
+            (self.save_every < 1, f"save_every is {self.save_every}; expected at least 1 step"),
+        )
+
+
+def _refuse(*checks: tuple[bool, str]) -> None:
+    """Raise one ConfigError that reports every check whose condition holds."""
+    if problems := [message for wrong, message in checks if wrong]:
+        raise ConfigError("; ".join(problems))

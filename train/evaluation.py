@@ -1,0 +1,132 @@
+"""How well a model predicts held-out text of the target, and how sure a difference is.
+
+Bits per byte, because it can be compared across tokenizers: total nats / ln 2 / total UTF-8 bytes of the scored text.
+Only the response is scored; the start and end tokens, which stand for no text, are not.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from terselm.data.records import Record, prompt_hash
+from terselm.train.examples import EncodedRecords
+from terselm.train.packing import collate, pack
+
+_RESAMPLES = 10_000
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutText:
+    """What is scored, summed by prompt: the answers to one prompt are not independent of each other.
+
+    Attributes:
+        text: the encoded records.
+        prompt_of: ``(records,)`` int64, the prompt that each record answers.
+        tokens: ``(prompts,)`` float64, scored tokens.
+        text_bytes: ``(prompts,)`` float64, UTF-8 bytes of their text.
+    """
+
+    text: EncodedRecords
+    prompt_of: NDArray[np.int64]
+    tokens: NDArray[np.float64]
+    text_bytes: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, records: Sequence[Record], text: EncodedRecords) -> HeldOutText:
+        """Count tokens and bytes; a record that the encoding dropped counts for neither."""
+        known: dict[str, int] = {}
+        prompt_of = np.array([known.setdefault(prompt_hash(r.messages), len(known)) for r in records], dtype=np.int64)
+        tokens, text_bytes = np.zeros(len(known)), np.zeros(len(known))
+        for example in text.examples:
+            tokens[prompt_of[example.record]] += example.counted.sum()
+        for record in {example.record for example in text.examples}:
+            text_bytes[prompt_of[record]] += len(records[record].response.encode())
+        return cls(text, prompt_of, tokens, text_bytes)
+
+    def nll_per_token(self, nats: NDArray[np.float64]) -> float:
+        return float(nats.sum() / self.tokens.sum())
+
+    def bits_per_byte(self, nats: NDArray[np.float64]) -> float:
+        return float(nats.sum() / math.log(2) / self.text_bytes.sum())
+
+
+@torch.inference_mode()
+def score(
+    model: Any, held_out: HeldOutText, *, row_length: int, rows_per_pass: int, rank: int, processes: int
+) -> NDArray[np.float64]:
+    """Nats of each prompt's responses; every process scores its share and gets the whole.
+
+    Args:
+        model: as `score_instead_of_logits` leaves it.
+        held_out: what to score.
+        row_length: tokens in a packed row.
+        rows_per_pass: rows scored at once by a process.
+        rank: of this process.
+        processes: how many there are.
+
+    Returns:
+        ``(prompts,)`` float64.
+    """
+    model.eval()
+    nats = np.zeros(len(held_out.tokens))
+    device = next(model.parameters()).device
+    rows = pack(held_out.text.examples, row_length)[rank::processes]
+    starts = range(0, len(rows), rows_per_pass)
+    for start in tqdm(starts, desc="scoring held-out text", leave=False, disable=rank > 0 or not sys.stderr.isatty()):
+        some = rows[start : start + rows_per_pass]
+        batch = collate(some, pad_id=0)
+        surprisals = model(**{name: batch[name].to(device) for name in ("input_ids", "position_ids", "labels")})
+        examples = [example for row in some for example in row]
+        counts = [int(example.counted.sum()) for example in examples]
+        for example, part in zip(examples, torch.split(surprisals.double().cpu(), counts), strict=True):
+            nats[held_out.prompt_of[example.record]] += part.sum().item()
+    return nats if processes == 1 else np.sum(gather_object([nats]), axis=0)
+
+
+def compare(
+    held_out: HeldOutText, before: NDArray[np.float64], after: NDArray[np.float64], seed: int
+) -> dict[str, Any]:
+    """Both measures before and after, and the difference in bits per byte with its 95% confidence interval.
+
+    The interval is that of the percentile bootstrap over prompts, paired: each resample takes the same prompts before
+    and after (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
+    """
+    low, high = _bootstrap((after - before) / math.log(2), held_out.text_bytes, seed)
+    return {
+        "before": {"nll_per_token": held_out.nll_per_token(before), "bits_per_byte": held_out.bits_per_byte(before)},
+        "after": {"nll_per_token": held_out.nll_per_token(after), "bits_per_byte": held_out.bits_per_byte(after)},
+        "difference": {
+            "nll_per_token": held_out.nll_per_token(after - before),
+            "bits_per_byte": held_out.bits_per_byte(after - before),
+            "bits_per_byte_interval": [low, high],
+            "confidence": _CONFIDENCE,
+            "resamples": _RESAMPLES,
+        },
+        "prompts": len(held_out.tokens),
+        "records": len(held_out.prompt_of),
+        "tokens": int(held_out.tokens.sum()),
+        "bytes": int(held_out.text_bytes.sum()),
+    }
+
+
+def _bootstrap(gains: NDArray[np.float64], weights: NDArray[np.float64], seed: int) -> tuple[float, float]:
+    """Percentile interval of sum(gains) / sum(weights) when the pairs are drawn anew with replacement."""
+    prompts = len(gains)
+    generator = np.random.default_rng(seed)
+    times = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=_RESAMPLES)  # (resamples, prompts)
+    drawn_weight = times @ weights
+    ratios = (times @ gains)[drawn_weight > 0] / drawn_weight[drawn_weight > 0]
+    tail = 50 * (1 - _CONFIDENCE)
+    low, high = np.percentile(ratios, [tail, 100 - tail])
+    return float(low), float(high)

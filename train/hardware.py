@@ -1,0 +1,70 @@
+"""What this process runs on, and the number format that suits it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from terselm.errors import ConfigError
+from terselm.train.config import Precision
+
+_PACKAGES = ("terselm", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
+_FAST_BF16 = ("amx_bf16", "avx512_bf16", "bf16")  # instructions that multiply bfloat16
+
+
+def pick_precision(asked: Precision, device: torch.device) -> torch.dtype:
+    """The number format of weights and matrix products.
+
+    Raises:
+        ConfigError: bfloat16 was asked for and the GPU has none.
+    """
+    if device.type == "cuda" and asked is Precision.BFLOAT16 and not torch.cuda.is_bf16_supported():
+        raise ConfigError(f"{torch.cuda.get_device_name(device)} has no bfloat16; set dtype=float32")
+    match asked:
+        case Precision.FLOAT32:
+            return torch.float32
+        case Precision.BFLOAT16:
+            return torch.bfloat16
+        case Precision.AUTO:
+            return torch.bfloat16 if _multiplies_bf16_fast(device) else torch.float32
+
+
+def _multiplies_bf16_fast(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    return any(_cpu().get(name, False) for name in _FAST_BF16)
+
+
+def _cpu() -> Mapping[str, Any]:
+    query = getattr(torch.cpu, "get_capabilities", None)  # not in the oldest torch that we support
+    return query() if query is not None else {}
+
+
+def describe_hardware() -> dict[str, Any]:
+    """The processor, its cores and the GPUs."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "cpu": _cpu().get("cpu_name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """Of Python and the packages that decide the result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree
+            continue
+    return found

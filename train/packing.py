@@ -1,0 +1,75 @@
+"""Put examples into rows of equal capacity, so that hardly a token is padding."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from terselm.train.examples import Example
+
+IGNORED = -100  # label of a position whose next token is not counted
+
+Row = Sequence[Example]
+
+
+def pack(examples: Sequence[Example], capacity: int) -> list[list[Example]]:
+    """Best-fit decreasing: the longest first, each into the row where it leaves the least room.
+
+    Args:
+        examples: none longer than ``capacity``.
+        capacity: tokens in a row.
+
+    Source: D. S. Johnson, Near-optimal bin packing algorithms, MIT 1973: at most 11/9 of the fewest rows, plus 4.
+    """
+    rows: list[list[Example]] = []
+    rooms: list[int] = []  # the distinct rooms that are left, ascending
+    rows_with: defaultdict[int, list[int]] = defaultdict(list)
+    for example in sorted(examples, key=len, reverse=True):
+        at = bisect_left(rooms, len(example))
+        if at < len(rooms):
+            room = rooms[at]
+            row = rows_with[room].pop(0)
+            if not rows_with[room]:
+                del rooms[at]
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(example)
+        room -= len(example)
+        if not rows_with[room]:
+            insort(rooms, room)
+        rows_with[room].append(row)
+    return rows
+
+
+def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
+    """One batch of packed rows.
+
+    Positions restart at 0 with each example and with the padding, which is how transformers tells that they must not
+    attend to each other.
+
+    Returns:
+        ``input_ids``, ``position_ids``, ``labels``: ``(B, T)`` int64; the label of a position is the token after it in
+        its example if that is counted, else `IGNORED`. ``tokens``: ``(B,)`` int64, those that are not padding.
+    """
+    lengths = [sum(len(example) for example in row) for row in rows]
+    shape = (len(rows), max(lengths))
+    ids = np.full(shape, pad_id, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        start = 0
+        for example in row:
+            end = start + len(example)
+            ids[index, start:end] = example.ids
+            positions[index, start:end] = np.arange(len(example))
+            labels[index, start : end - 1] = np.where(example.counted[1:], example.ids[1:], IGNORED)
+            start = end
+        positions[index, length:] = np.arange(shape[1] - length)
+    batch = {"input_ids": ids, "position_ids": positions, "labels": labels, "tokens": np.asarray(lengths)}
+    return {name: torch.from_numpy(array) for name, array in batch.items()}

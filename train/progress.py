@@ -1,0 +1,68 @@
+"""Tell the user how far training is: a bar on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Loss, tokens per second and time left; silent on all processes but the first."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._started = 0.0
+        self._first_step = 0
+        self._first_tokens = 0
+
+    @property
+    def seconds(self) -> float:
+        """Since training began."""
+        return time.perf_counter() - self._started
+
+    def tokens_per_second(self, state: Any) -> float:
+        """Real tokens, since training began or went on."""
+        return float((state.num_input_tokens_seen - self._first_tokens) / self.seconds)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._started = time.perf_counter()
+        self._first_step = state.global_step
+        self._first_tokens = state.num_input_tokens_seen
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="aligning", unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        rate = self.tokens_per_second(state)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {logs['loss']:.3f}, {rate:,.0f} tokens/s")
+            return
+        done = state.global_step - self._first_step
+        left = self.seconds / done * (state.max_steps - state.global_step)
+        say(
+            f"step {state.global_step}/{state.max_steps}, loss {logs['loss']:.3f}, {rate:,.0f} tokens/s, "
+            f"{_duration(left)} left"
+        )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def say(line: str) -> None:
+    """Print one line for the user; stdout is kept for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -1,0 +1,55 @@
+"""Hashes and commits: what a result was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_sha256(folder: Path, *, leave_out: str) -> dict[str, str]:
+    """Digest of every file below ``folder`` by its relative path, but for the one that will hold the digests."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: file_sha256(path) for name, path in names.items() if name != leave_out}
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """Digest of a model's weights: names, shapes, formats and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def git_commit() -> str | None:
+    """Commit of this source tree, with ``-dirty`` where files were changed; None outside a repository."""
+    source = Path(__file__).resolve()  # an editable install links to it
+    if _git(source.parent, "ls-files", "--error-unmatch", source.name) is None:
+        return None  # installed into somebody else's repository
+    commit = _git(source.parent, "rev-parse", "HEAD")
+    return f"{commit}-dirty" if _git(source.parent, "status", "--porcelain", "--untracked-files=no") else commit
+
+
+def base_revision(model: Any) -> str | None:
+    """The hub's commit that a model was loaded from; None for a local one."""
+    commit = getattr(model.config, "_commit_hash", None)
+    return str(commit) if commit else None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
