@@ -24,9 +24,7 @@ _ECHO_OF_ANSWER = 0.8
 _ECHO_OF_PROMPT = 0.5
 """An answer is an echo if so much of it stands in the prompt, and it holds so much of the prompt: a quotation from a
 long text is none."""
-_MARK = r"(?:\d+[.):]|[^\W\d_][.):]|[-*•|])"
-_LINE_MARK = re.compile(rf"^\s*{_MARK}(?=\s|$)", re.MULTILINE)
-_LAST_MARK = re.compile(rf"(?:^|\n)\s*{_MARK}?\s*$")
+_LIST_MARK = re.compile(r"^\s*(?:\d+[.):]|[^\W\d_][.):]|[-*•|])(?=\s|$)", re.MULTILINE)
 
 
 class Fault(StrEnum):
@@ -66,7 +64,7 @@ def cut_loop(text: str, *, unfinished: bool = False) -> str:
         return text
     kept = text[:start]
     ends = [match.end() for match in re.finditer(r"[^\s\d][.!?](?=\s|$)|(?=\n)", kept)]
-    kept = _LAST_MARK.sub("", kept[: ends[-1]] if ends else kept).strip()
+    kept = (kept[: ends[-1]] if ends else kept).strip()
     return kept if re.search(r"[^\W\d_]", kept) else ""
 
 
@@ -77,7 +75,7 @@ def copied_share(text: str, source: str) -> float:
 
 
 def _loop_start(text: str, unfinished: bool) -> int | None:
-    plain = _LINE_MARK.sub(lambda mark: " " * len(mark[0]), text)
+    plain = _LIST_MARK.sub(lambda mark: " " * len(mark[0]), text)
     words = _split(r"\S+", plain, unfinished)
     starts = [
         _periodic_tail(words, least=_LEAST_LOOP),

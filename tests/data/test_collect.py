@@ -22,6 +22,7 @@ from terselm.data.faults import Fault
 from terselm.data.generate import Limits, Query, generate
 from terselm.data.instructions import Instruction
 from terselm.data.records import Message, Record, Role, read_records
+from terselm.data.requests import plan_requests
 from terselm.errors import ConfigError, ContextLengthError, DataFormatError, ModelError, TargetLLMError
 from terselm.models import CausalLM
 
@@ -235,6 +236,19 @@ def test_a_greedy_answer_with_a_fault_is_dropped_and_said(tmp_path: Path) -> Non
     summary, records = collect(bigram_lm("abc", table), tmp_path / "r.jsonl", ["a", "b"], temperatures=[0.0])
     assert [record.response for record in records] == ["c"]
     assert summary.dropped == (Dropped(instruction="i0", temperature=0.0, fault=Fault.EMPTY),)
+
+
+def test_what_the_journal_says_is_dropped_is_not_asked_again(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    table = {"a": {"</s>": 0.9}, "b": {"c": 0.9}, "c": {"</s>": 0.9}}
+    summary, _ = collect(bigram_lm("abc", table), out, ["a", "b"], temperatures=[0.0])
+    (lost,) = plan_requests(instructions("a"), settings(temperatures=[0.0]))
+    journal = out.with_name("r.jsonl.journal")
+    out.rename(journal)  # as if the run had been killed before it wrote the file
+    with journal.open("a") as file:
+        file.write(f'{{"id": "{lost.id}", "dropped": "empty"}}\n')
+    assert collect_local(instructions("a", "b"), out, settings(temperatures=[0.0])) == replace(summary, reused=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
 
 
 def test_nothing_fit_to_keep(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_an_answer_does_not_depend_on_the_rows_beside_it(kind: str) -> None:
     ]
     together = generate(lm, queries, limits)
     assert together == [generate(lm, [one], limits)[0] for one in queries]
-    assert len({answer.completion_tokens for answer in together}) > 3
+    assert len({answer.completion_tokens for answer in together}) > 2
     assert together == generate(lm, queries, limits)
 
 
