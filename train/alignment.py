@@ -6,12 +6,10 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 from numpy.typing import NDArray
 
 from terselm.config import dump_config
@@ -21,12 +19,15 @@ from terselm.train.config import AlignConfig
 from terselm.train.evaluation import compare, score
 from terselm.train.hardware import describe_hardware, describe_versions, pick_precision
 from terselm.train.lora import add_adapter, save_adapter
-from terselm.train.progress import say
+from terselm.train.progress import quieten_libraries, say
 from terselm.train.provenance import file_sha256, git_commit
 from terselm.train.run_folder import RunFolder, run_key
 from terselm.train.scoring import score_instead_of_logits
 from terselm.train.texts import Texts, read_texts
 from terselm.train.trainer import AlignmentTrainer, schedule_rows, training_arguments
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 def align(config: AlignConfig) -> RunFolder:
@@ -37,7 +38,11 @@ def align(config: AlignConfig) -> RunFolder:
     Raises:
         TerseLMError: a setting, the data, the model or the run folder is at fault; nothing was overwritten.
     """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     started = time.perf_counter()
+    quieten_libraries()
     data_sha256 = _data_sha256(Path(config.data.records))
     folder = RunFolder(Path(config.run_dir), run_key(dump_config(config), data_sha256))
     finished = folder.is_finished()
@@ -119,6 +124,8 @@ class _Run:
 
 def _prepare(config: AlignConfig, folder: RunFolder, state: PartialState) -> _Run:
     """Load, read and build; writes nothing."""
+    from accelerate.utils import set_seed
+
     precision = pick_precision(config.dtype, state.device)
     dtype = str(precision).removeprefix("torch.")
     lm = load_causal_lm(config.model, device=str(state.device), dtype=dtype)
@@ -141,6 +148,8 @@ def _prepare(config: AlignConfig, folder: RunFolder, state: PartialState) -> _Ru
 
 def _begin(config: AlignConfig, folder: RunFolder, state: PartialState) -> Path | None:
     """The checkpoint to go on from, the same in every process."""
+    from accelerate.utils import broadcast_object_list
+
     state.wait_for_everyone()  # until all have seen that the folder is free
     chosen = [folder.begin(dump_config(config)) if state.is_main_process else None]
     return broadcast_object_list(chosen)[0] if state.num_processes > 1 else chosen[0]

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -91,7 +90,11 @@ def score(
         counts = [int(example.counted.sum()) for example in examples]
         for example, part in zip(examples, torch.split(surprisals.double().cpu(), counts), strict=True):
             nats[held_out.prompt_of[example.record]] += part.sum().item()
-    return nats if processes == 1 else np.sum(gather_object([nats]), axis=0)
+    if processes == 1:
+        return nats
+    from accelerate.utils import gather_object
+
+    return np.asarray(np.sum(gather_object([nats]), axis=0))
 
 
 def compare(

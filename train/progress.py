@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from typing import Any
 
 from tqdm import tqdm
@@ -36,6 +37,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="aligning", unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True  # the last step, whatever log_every is
         if self._bar is not None:
             self._bar.update()
 
@@ -61,6 +64,15 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
 def say(line: str) -> None:
     """Print one line for the user; stdout is kept for results."""
     print(line, file=sys.stderr, flush=True)
+
+
+def quieten_libraries() -> None:
+    """No bars and no deprecation notices of libraries between our lines; their errors remain."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
 
 
 def _duration(seconds: float) -> str:

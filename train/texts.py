@@ -20,10 +20,13 @@ class Texts:
     """Training rows and held-out text.
 
     Attributes:
+        records: how many are trained on.
+        targets: the models that wrote the responses, as far as the records say.
         rows: each holds at most ``row_length`` tokens.
     """
 
     records: int
+    targets: list[str]
     training: EncodedRecords
     rows: list[Row]
     row_length: int
@@ -32,6 +35,7 @@ class Texts:
     def describe(self) -> dict[str, Any]:
         """Counts for the log and the metrics; nothing that was cut or left out goes unsaid."""
         return {
+            "targets": self.targets,
             "training_records": self.records,
             "training_tokens": self.training.tokens,
             "counted_tokens": self.training.counted_tokens,
@@ -68,6 +72,7 @@ def read_texts(config: AlignConfig, lm: CausalLM) -> Texts:
     held_out = encode(held_out_records, replace(encoding, end_id=None, loss_on=LossOn.RESPONSE))
     return Texts(
         records=len(records),
+        targets=sorted({r.generation.model for r in records if r.generation is not None}),
         training=training,
         rows=list(pack(training.examples, row_length)),
         row_length=row_length,

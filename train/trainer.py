@@ -131,6 +131,7 @@ def training_arguments(config: AlignConfig, folder: RunFolder, *, rows: int, pro
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to="none",
     )

@@ -1,0 +1,68 @@
+"""Packed rows: full, complete, and each record as if it stood alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_training import example, make_model, surprisals
+
+from terselm.train.packing import IGNORED, collate, pack
+from terselm.train.scoring import score_instead_of_logits
+
+
+@given(st.lists(st.integers(2, 32), min_size=1, max_size=60))
+def test_every_example_is_in_one_row_that_holds_it(lengths: list[int]) -> None:
+    examples = [example(length, index) for index, length in enumerate(lengths)]
+    rows = pack(examples, 32)
+    assert sorted(e.record for row in rows for e in row) == list(range(len(lengths)))
+    assert all(0 < sum(map(len, row)) <= 32 for row in rows)
+    # The bound of best-fit decreasing; the tokens alone need at least this many rows.
+    sizes = sorted(lengths, reverse=True)
+    assert len(rows) == len(best_fit(sizes, 32))
+
+
+def best_fit(sizes: list[int], capacity: int) -> list[int]:
+    """The room left in each row, found by looking at every row."""
+    rooms: list[int] = []
+    for size in sizes:
+        fitting = [index for index, room in enumerate(rooms) if room >= size]
+        if fitting:
+            rooms[min(fitting, key=lambda index: rooms[index])] -= size
+        else:
+            rooms.append(capacity - size)
+    return rooms
+
+
+def test_small_examples_fill_rows() -> None:
+    draw = np.random.default_rng(0)
+    examples = [example(int(length), index) for index, length in enumerate(draw.integers(20, 300, 500))]
+    rows = pack(examples, 1024)
+    assert sum(map(len, examples)) / (1024 * len(rows)) > 0.98
+
+
+def test_labels_are_the_next_counted_tokens_of_the_same_example() -> None:
+    row = [example(5, 1), example(3, 2)]
+    batch = collate([row, [example(4, 3)]], pad_id=9)
+    for index, content in enumerate([row, [example(4, 3)]]):
+        labels = [t for e in content for t in e.ids[e.counted].tolist()]
+        found = batch["labels"][index]
+        assert found[found != IGNORED].tolist() == labels
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 3]]
+    assert batch["input_ids"][1, 4:].tolist() == [9] * 4
+    assert batch["labels"][0, 4] == IGNORED  # the next token starts another example
+    assert batch["tokens"].tolist() == [8, 4]
+
+
+def test_packed_equals_alone(tokenizer: Any) -> None:
+    lm = make_model(len(tokenizer))
+    score_instead_of_logits(lm, autocast=None)
+    rows = [[example(20, 1), example(7, 2), example(30, 3)], [example(11, 4), example(25, 5)]]
+    with torch.inference_mode():
+        packed = surprisals(lm, collate(rows, pad_id=0))
+        alone = torch.cat([surprisals(lm, collate([[e]], pad_id=0)) for row in rows for e in row])
+    assert len(packed) == len(alone) > 40
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)

@@ -1,0 +1,123 @@
+"""The loss: equal to a float64 reference, in chunks or whole, over any number of passes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import example, make_model, surprisals
+from torch import Tensor
+
+from terselm.errors import ModelError
+from terselm.train import scoring
+from terselm.train.config import LoraSettings
+from terselm.train.lora import add_adapter
+from terselm.train.packing import IGNORED, collate
+from terselm.train.scoring import score_instead_of_logits
+
+BATCH = collate([[example(40, 1), example(20, 2)], [example(33, 3)]], pad_id=0)
+
+
+def reference(lm: Any, batch: dict[str, Tensor]) -> Tensor:
+    """−log softmax in float64, one example at a time, from the plain model."""
+    lm = copy.deepcopy(lm).double()
+    values = []
+    for ids, positions, labels in zip(batch["input_ids"], batch["position_ids"], batch["labels"], strict=True):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        for start, end in itertools.pairwise(starts):
+            logits = lm(input_ids=ids[None, start:end]).logits[0].double()
+            for place in range(end - start):
+                if labels[start + place] != IGNORED:
+                    values.append(-torch.log_softmax(logits[place], -1)[labels[start + place]])
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("chunk", [7, 1024])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_it_equals_the_float64_reference(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, chunk: int, cap: float | None
+) -> None:
+    monkeypatch.setattr(scoring, "_CHUNK", chunk)
+    lm = make_model(len(tokenizer))
+    if cap is not None:
+        lm = with_soft_cap(lm, cap)
+    with torch.no_grad():
+        expected = reference(lm, BATCH)
+        score_instead_of_logits(lm, autocast=None)
+        torch.testing.assert_close(surprisals(lm, BATCH).double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_its_gradient_equals_the_reference(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(scoring, "_CHUNK", chunk)
+    lm = make_model(len(tokenizer))
+    plain = copy.deepcopy(lm).double()
+    reference_loss(plain).backward()
+    score_instead_of_logits(lm, autocast=None)
+    surprisals(lm, BATCH).sum().backward()
+    for (name, ours), theirs in zip(lm.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def reference_loss(lm: Any) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for ids, positions, labels in zip(BATCH["input_ids"], BATCH["position_ids"], BATCH["labels"], strict=True):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        for start, end in itertools.pairwise(starts):
+            logits = lm(input_ids=ids[None, start:end]).logits[0]
+            total = total + torch.nn.functional.cross_entropy(logits, labels[start:end], reduction="sum")
+    return total
+
+
+def test_bfloat16_weights_keep_a_float32_adapter_and_loss(tokenizer: Any) -> None:
+    lm = make_model(len(tokenizer))
+    with torch.no_grad():
+        expected = reference(lm, BATCH)
+    lm = lm.to(torch.bfloat16)
+    score_instead_of_logits(lm, autocast=torch.bfloat16)
+    model = add_adapter(lm, LoraSettings(rank=2))
+    values = surprisals(model, BATCH)
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values.double(), expected, atol=0.05, rtol=0)
+    values.sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in trained)
+    assert any(p.grad.abs().sum() > 0 for p in trained)
+
+
+def test_a_head_that_does_more_is_refused(tokenizer: Any) -> None:
+    lm = make_model(len(tokenizer))
+    plain = lm.forward
+
+    def scaled(**arguments: Any) -> Any:
+        output = plain(**arguments)
+        output.logits = output.logits * 5
+        return output
+
+    lm.forward = scaled
+    with pytest.raises(ModelError, match="LlamaForCausalLM changes its logits"):
+        score_instead_of_logits(lm, autocast=None)
+
+
+def with_soft_cap(lm: Any, cap: float) -> Any:
+    """Gemma's last step."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=lm.config.vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        final_logit_softcapping=cap,
+        initializer_range=0.3,
+    )
+    return Gemma2ForCausalLM(config).eval()

@@ -1,0 +1,139 @@
+"""The model card of a published checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from terselm.models import ALIASES
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+_BODY = """\
+# {name}
+
+`{base}`, aligned with TerseLM to the output of {targets}. It is a small language model \
+for *compressing prompts*: it judges which tokens the target would find surprising. It is not meant to answer.
+
+```python
+from terselm import PromptCompressor
+
+compressor = PromptCompressor.from_pretrained("path/to/{name}")
+print(compressor.compress(instruction="…", demonstrations=["…"], question="…", budget=200).text)
+```
+
+It is a plain `transformers` checkpoint: `AutoModelForCausalLM.from_pretrained` loads it too.
+
+## How well it predicts the target
+
+Held-out responses ({records} to {prompts} prompts that it was not trained on, {text_bytes:,} bytes):
+
+| | before | after | difference (95% interval) |
+|---|---|---|---|
+| bits per byte | {bpb_before:.4f} | {bpb_after:.4f} | {bpb_difference:+.4f} ({low:+.4f} to {high:+.4f}) |
+| nats per token | {nll_before:.4f} | {nll_after:.4f} | {nll_difference:+.4f} |
+
+The interval is a paired bootstrap over prompts. {verdict}
+
+## How it was made
+
+LoRA on {training_records:,} records ({tokens_seen:,} tokens seen in {steps} steps), merged in float32. `config.yaml` \
+holds every setting, `metrics.json` the loss history, `provenance.json` the hashes of base, data and files, versions \
+and hardware.
+
+## Limits and licence
+
+It inherits the abilities, faults and licence of its base{licence}. It was trained on text that {targets} wrote; the \
+terms of that model may bind whoever passes this one on.
+"""
+
+
+def model_card(name: str, base: str, metrics: dict[str, Any]) -> str:
+    """Markdown with YAML metadata as the Hugging Face hub reads it.
+
+    Args:
+        name: of the published folder.
+        base: the model that was aligned, as the run named it.
+        metrics: what the run measured.
+    """
+    from huggingface_hub import ModelCardData
+
+    held_out, difference = metrics["held_out"], metrics["held_out"]["difference"]
+    low, high = difference["bits_per_byte_interval"]
+    license_id = _license(base)
+    data = ModelCardData(
+        base_model=ALIASES[base].base if base in ALIASES else base,
+        license=license_id,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["terselm", "prompt-compression", "lora"],
+        model_name=name,
+        eval_results=[_result(metrics)],
+    )
+    body = _BODY.format(
+        name=name,
+        base=base,
+        targets=", ".join(f"`{target}`" for target in metrics["data"]["targets"]) or "an unnamed model",
+        records=held_out["records"],
+        prompts=held_out["prompts"],
+        text_bytes=held_out["bytes"],
+        bpb_before=held_out["before"]["bits_per_byte"],
+        bpb_after=held_out["after"]["bits_per_byte"],
+        bpb_difference=difference["bits_per_byte"],
+        low=low,
+        high=high,
+        nll_before=held_out["before"]["nll_per_token"],
+        nll_after=held_out["after"]["nll_per_token"],
+        nll_difference=difference["nll_per_token"],
+        verdict=_verdict(low, high),
+        training_records=metrics["data"]["training_records"],
+        tokens_seen=metrics["training"]["tokens_seen"],
+        steps=metrics["training"]["steps"],
+        licence=f" ({license_id})" if license_id else "",
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def _result(metrics: dict[str, Any]) -> EvalResult:
+    from huggingface_hub import EvalResult
+
+    held_out = metrics["held_out"]
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type="records",
+        dataset_name=f"held-out responses of {Path(metrics['data']['records']).name}",
+        metric_type="bits_per_byte",
+        metric_name="bits per byte",
+        metric_value=held_out["after"]["bits_per_byte"],
+        metric_args={
+            "before": held_out["before"]["bits_per_byte"],
+            "difference": held_out["difference"]["bits_per_byte"],
+            "difference_interval": held_out["difference"]["bits_per_byte_interval"],
+            "confidence": held_out["difference"]["confidence"],
+        },
+    )
+
+
+def _verdict(low: float, high: float) -> str:
+    if high < 0:
+        return "The aligned model predicts the target better."
+    if low > 0:
+        return "**The aligned model predicts the target worse.**"
+    return "**No difference was shown**: the interval holds zero."
+
+
+def _license(base: str) -> str | None:
+    """SPDX id of the base's licence where it is known."""
+    if base in ALIASES:
+        return ALIASES[base].license
+    from huggingface_hub import ModelCard
+
+    card = Path(base).expanduser() / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        found = ModelCard.load(card).data.get("license")
+    except ValueError:  # a card without readable metadata
+        return None
+    return str(found) if found else None
