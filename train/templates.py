@@ -26,8 +26,7 @@ class RenderedRecord:
 def render(record: Record, template: Template) -> RenderedRecord:
     """The text of a record; the prompt holds whatever stands between it and the response.
 
-    Source: the Alpaca template is ``prompt_no_input`` of github.com/tatsu-lab/stanford_alpaca, which the LLMLingua
-    paper trained on (section 4.3 of arXiv:2310.05736).
+    Source: the Alpaca template is ``prompt_no_input`` of github.com/tatsu-lab/stanford_alpaca.
     """
     prompt = SEPARATOR.join(message.content for message in record.messages)
     match template:
