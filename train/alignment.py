@@ -17,7 +17,7 @@ from terselm.errors import DataFormatError
 from terselm.models import load_causal_lm
 from terselm.train.config import AlignConfig
 from terselm.train.evaluation import compare, score
-from terselm.train.hardware import describe_hardware, describe_versions, pick_precision
+from terselm.train.hardware import describe_hardware, describe_versions, pick_precision, share_out_cores
 from terselm.train.lora import add_adapter, save_adapter
 from terselm.train.progress import quieten_libraries, say
 from terselm.train.provenance import file_sha256, git_commit
@@ -43,6 +43,7 @@ def align(config: AlignConfig) -> RunFolder:
 
     started = time.perf_counter()
     quieten_libraries()
+    share_out_cores()
     data_sha256 = _data_sha256(Path(config.data.records))
     folder = RunFolder(Path(config.run_dir), run_key(dump_config(config), data_sha256))
     finished = folder.is_finished()

@@ -34,6 +34,14 @@ def pick_precision(asked: Precision, device: torch.device) -> torch.dtype:
             return torch.bfloat16 if _multiplies_bf16_fast(device) else torch.float32
 
 
+def share_out_cores() -> None:
+    """Undo the one thread that ``accelerate launch`` allows a process that it does not know to be for the CPU."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 def _multiplies_bf16_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
