@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -24,16 +25,21 @@ def load_config(schema: type[C], path: Path | None = None, overrides: Sequence[s
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    layers = []
+    try:
+        if path is not None:
+            layers.append(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise ConfigError(f"no config file at {path}") from None
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: {_one_line(error)}") from None
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key=value")
-    try:
-        layers = [OmegaConf.load(path)] if path is not None else []
-        layers.append(OmegaConf.from_dotlist(list(overrides)))
-    except FileNotFoundError:
-        raise ConfigError(f"no config file at {path}") from None
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path or 'overrides'}: {_one_line(error)}") from None
+        try:
+            layers.append(OmegaConf.from_dotlist([override]))
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"override {override!r}: {_one_line(error)}") from None
     for layer in layers:
         values = OmegaConf.to_container(layer)
         if not isinstance(values, dict):
@@ -63,9 +69,23 @@ def _check_keys(schema: type[Any], values: dict[str, Any], prefix: str) -> None:
             near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(prefix + n for n in names)}"
             raise ConfigError(f"unknown config key {prefix}{key}; {hint}")
-        if is_dataclass(hints[key]) and isinstance(value, dict):
+        if _is_enum(hints[key]) and value not in [*hints[key], *hints[key].__members__]:
+            raise ConfigError(f"{prefix}{key} is {value!r}; expected one of {', '.join(hints[key])}")
+        if is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{prefix}{key} is {value!r}; expected a mapping of settings")
             _check_keys(cast("type[Any]", hints[key]), value, prefix=f"{prefix}{key}.")
 
 
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, StrEnum)
+
+
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split("\n")[0].split()) if not isinstance(error, ConfigError) else str(error)
+    from yaml import MarkedYAMLError
+
+    if isinstance(error, ConfigError):
+        return str(error)
+    if isinstance(error, MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{error.problem} (line {error.problem_mark.line + 1})"
+    return " ".join(str(error).split("\n")[0].split())

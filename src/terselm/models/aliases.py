@@ -108,7 +108,7 @@ ALIASES: dict[str, Alias] = {
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: ``$TERSELM_CACHE``, else ``$XDG_CACHE_HOME/terselm``, else ``~/.cache/terselm``."""
+    """Where converted models are kept: ``$TERSELM_CACHE``, or ``terselm`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     if own := os.environ.get("TERSELM_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")

@@ -1,0 +1,190 @@
+"""Stage 2: iterative token-level prompt compression (docs/algorithm.md, §2).
+
+The choices for one prompt, segment by segment. It asks for surprisals and knows nothing of models, so that an engine
+can advance many prompts together.
+
+Source: Algorithm 2, Eq. 5–7 of arXiv:2310.05736.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from terselm.compress.layout import Layout, Mask
+from terselm.compress.units import Ints
+from terselm.errors import ContextLengthError
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Neighbouring units that are scored together. Units are numbered as in the `Layout`."""
+
+    units: Ints
+    part: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest:
+    """What the model has to read next for one prompt.
+
+    Attributes:
+        restart: forget all that was read; the prefix is BOS + append.
+        append: tokens that the prefix grows by.
+        segment: tokens to score after the prefix.
+    """
+
+    restart: bool
+    append: Ints
+    segment: Ints
+
+
+class IterativeCompression:
+    """Stage 2 of one prompt.
+
+    After each `request`, hand the surprisals of its segment to `receive`; when `request` gives None, `kept`,
+    `margin`, `segment_of` and `surprisal` (all ``(n_units,)``) are final.
+
+    Args:
+        parts: the units that take part, by part (instruction, demonstrations, question), in source order.
+        budgets: free tokens to keep in each part.
+        window: the model's window, tokens.
+    """
+
+    def __init__(
+        self, layout: Layout, parts: Sequence[Ints], budgets: Sequence[int], segment_size: int, window: int
+    ) -> None:
+        self._layout = layout
+        self._budgets = budgets
+        self._window = window
+        self._segments = [
+            Segment(units=units, part=number)
+            for number, part in enumerate(parts)
+            for units in _cut_segments(part, layout.cost, segment_size)
+        ]
+        free = np.where(layout.protected, 0, layout.cost)
+        self._free = [int(free[part].sum()) for part in parts]
+        self._seen = [0] * len(parts)
+        self._spent = [0] * len(parts)
+        self._next = 0
+        self._last: int | None = None  # piece of the last kept unit
+        self._prefix: list[Ints] = []  # kept so far, without BOS
+        self._prefix_length = 0
+        self._pending: Ints = np.zeros(0, dtype=np.int64)
+        self._scored: Mask = np.zeros(0, dtype=bool)
+        size = len(layout)
+        self.kept: Mask = np.zeros(size, dtype=bool)
+        self.margin: Floats = np.full(size, np.nan)
+        self.surprisal: Floats = np.full(size, np.nan)
+        self.segment_of: Ints = np.full(size, -1, dtype=np.int64)
+
+    @property
+    def longest(self) -> int:
+        """An upper bound on the tokens that the model will have to hold at once, BOS and separators included."""
+        units = sum(len(segment.units) for segment in self._segments)
+        tokens = sum(int(self._layout.cost[segment.units].sum()) for segment in self._segments)
+        return 1 + tokens + min(units, len(self._layout.pieces)) * len(self._layout.separator_ids)
+
+    def request(self) -> ScoreRequest | None:
+        """The next segment to score, or None at the end.
+
+        Raises:
+            ContextLengthError: the segment alone does not fit into the model's window.
+        """
+        if self._next == len(self._segments):
+            return None
+        tokens, self._scored = self._join(self._segments[self._next].units)
+        append, self._pending = self._pending, self._pending[:0]
+        if 1 + self._prefix_length + len(tokens) <= self._window:
+            return ScoreRequest(restart=False, append=append, segment=tokens)
+        room = self._window - 1 - len(tokens)
+        if room < 0:
+            raise ContextLengthError(
+                f"a segment of {len(tokens)} tokens does not fit into the model's window of {self._window}; "
+                "choose a smaller segment_size"
+            )
+        prefix = np.concatenate(self._prefix)
+        prefix = prefix[len(prefix) - min(self._window // 2, room) :]
+        self._prefix, self._prefix_length = [prefix], len(prefix)
+        return ScoreRequest(restart=True, append=prefix, segment=tokens)
+
+    def receive(self, surprisals: NDArray[np.float32]) -> None:
+        """Choose among the units of the segment just scored. ``surprisals``: one per token of the request, nats."""
+        segment = self._segments[self._next]
+        units, cost = segment.units, self._layout.cost[segment.units]
+        begins = np.cumsum(cost) - cost
+        surprisal = np.add.reduceat(surprisals[self._scored].astype(np.float64), begins)
+        score = surprisal / cost
+        free = np.flatnonzero(~self._layout.protected[units])
+        chosen = free[self._choose(segment.part, score[free], cost[free])]
+        kept = self._layout.protected[units].copy()
+        kept[chosen] = True
+        if len(free):
+            threshold = score[chosen].min() if len(chosen) else score[free].max()
+            self.margin[units[free]] = score[free] - threshold
+        self.kept[units] = kept
+        self.surprisal[units] = surprisal
+        self.segment_of[units] = self._next
+        self._grow(units[kept])
+        self._next += 1
+
+    def _choose(self, part: int, score: Floats, cost: Ints) -> Ints:
+        """Indices of the most surprising units that fit into n_j tokens (ties: the earlier first)."""
+        self._seen[part] += int(cost.sum())
+        if not len(score):
+            return np.zeros(0, dtype=np.int64)
+        room = self._budgets[part] * self._seen[part] // self._free[part] - self._spent[part]
+        order = np.argsort(-score, kind="stable")
+        spent = np.cumsum(cost[order])
+        count = int(np.searchsorted(spent, room, side="right"))
+        self._spent[part] += int(spent[count - 1]) if count else 0
+        return order[:count]
+
+    def _grow(self, units: Ints) -> None:
+        if len(units):
+            self._pending, _ = self._join(units)
+            self._prefix.append(self._pending)
+            self._prefix_length += len(self._pending)
+            self._last = int(self._layout.piece_of[units[-1]])
+
+    def _join(self, units: Ints) -> tuple[Ints, Mask]:
+        """The tokens of ``units`` with separators between pieces, and which of them belong to units."""
+        layout = self._layout
+        pieces = layout.piece_of[units]
+        cuts = np.flatnonzero(np.diff(pieces)) + 1
+        tokens: list[Ints] = []
+        own: list[Mask] = []
+        last = self._last
+        for run in np.split(units, cuts):
+            piece = int(layout.piece_of[run[0]])
+            if last is not None and piece != last:
+                tokens.append(layout.separator_ids)
+                own.append(np.zeros(len(layout.separator_ids), dtype=bool))
+            tokens.append(_tokens_of(layout, run))
+            own.append(np.ones(len(tokens[-1]), dtype=bool))
+            last = piece
+        return np.concatenate(tokens), np.concatenate(own)
+
+
+def _tokens_of(layout: Layout, units: Ints) -> Ints:
+    if units[-1] - units[0] + 1 == len(units):  # neighbours
+        return layout.ids[layout.first[units[0]] : layout.first[units[-1] + 1]]
+    if (layout.cost[units] == 1).all():
+        return layout.ids[layout.first[units]]
+    return np.concatenate([layout.ids[layout.first[u] : layout.first[u + 1]] for u in units])
+
+
+def _cut_segments(units: Ints, cost: Ints, size: int) -> Iterator[Ints]:
+    """Runs of units of at most ``size`` tokens; a wider unit is a run of its own."""
+    ends = np.cumsum(cost[units])
+    begin = 0
+    while begin < len(units):
+        spent = ends[begin - 1] if begin else 0
+        end = max(begin + 1, int(np.searchsorted(ends, spent + size, side="right")))
+        yield units[begin:end]
+        begin = end

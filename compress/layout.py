@@ -1,0 +1,140 @@
+"""One prompt as flat arrays: tokens, units, pieces, in the order instruction, demonstrations, question."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from terselm.compress.prompt import Part, Piece
+from terselm.compress.protect import protected_spans
+from terselm.compress.units import Ints, Units
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The units of all pieces, end to end.
+
+    Attributes:
+        pieces: the pieces that are not empty.
+        edges: ``(n_pieces + 1,)``, where each piece's units start.
+        ids: ``(n_tokens,)``.
+        first: ``(n_units + 1,)``, where each unit's tokens start in `ids`.
+        starts, ends: ``(n_units,)``, characters in the unit's piece.
+        protected: ``(n_units,)``.
+        separator: the text between pieces; separator_ids: its tokens.
+    """
+
+    pieces: Sequence[Piece]
+    edges: Ints
+    ids: Ints
+    first: Ints
+    starts: Ints
+    ends: Ints
+    protected: Mask
+    separator: str
+    separator_ids: Ints
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @cached_property
+    def cost(self) -> Ints:
+        """``(n_units,)``, tokens in each unit."""
+        return np.diff(self.first)
+
+    @cached_property
+    def piece_of(self) -> Ints:
+        """``(n_units,)``, the number of each unit's piece."""
+        return np.repeat(np.arange(len(self.pieces)), np.diff(self.edges))
+
+    @cached_property
+    def total_tokens(self) -> int:
+        """Tokens of all pieces and of the separators between them."""
+        return len(self.ids) + len(self.separator_ids) * max(0, len(self.pieces) - 1)
+
+    def piece_ids(self, piece: int) -> Ints:
+        low, high = self.first[self.edges[piece]], self.first[self.edges[piece + 1]]
+        return self.ids[low:high]
+
+    def numbers(self, part: Part) -> list[int]:
+        """The numbers of the pieces of a part."""
+        return [number for number, piece in enumerate(self.pieces) if piece.part is part]
+
+    def free_tokens(self, piece: int) -> int:
+        """Tokens of a piece that are not protected."""
+        units = slice(self.edges[piece], self.edges[piece + 1])
+        return int(self.cost[units][~self.protected[units]].sum())
+
+    def holds_protected(self, piece: int) -> bool:
+        return bool(self.protected[self.edges[piece] : self.edges[piece + 1]].any())
+
+    def text(self, kept: Mask) -> str:
+        """The text of some units, cut from the source. ``kept``: ``(n_units,)``."""
+        texts = []
+        for number, piece in enumerate(self.pieces):
+            low, high = int(self.edges[number]), int(self.edges[number + 1])
+            here = kept[low:high]
+            if here.all():
+                texts.append(piece.text)
+            elif here.any():
+                # runs of neighbours are cut in one go
+                turns = np.flatnonzero(np.diff(np.concatenate([[False], here, [False]])))
+                texts.append(
+                    "".join(
+                        piece.text[self.starts[low + begin] : self.ends[low + end - 1]]
+                        for begin, end in turns.reshape(-1, 2)
+                    )
+                )
+        return self.separator.join(texts)
+
+
+def build_layout(
+    pieces: Sequence[Piece],
+    units: Sequence[Units],
+    *,
+    patterns: Sequence[re.Pattern[str]],
+    protected_parts: Collection[Part],
+    separator: str,
+    separator_ids: Sequence[int],
+) -> Layout:
+    """Lay the units of all pieces end to end and mark the protected ones."""
+    present = [(piece, cut) for piece, cut in zip(pieces, units, strict=True) if len(cut)]
+    lengths = [len(cut) for _, cut in present]
+    tokens = np.cumsum([0, *(len(cut.ids) for _, cut in present)])
+    return Layout(
+        pieces=[piece for piece, _ in present],
+        edges=np.cumsum([0, *lengths]),
+        ids=_concatenate([cut.ids for _, cut in present]),
+        first=np.append(
+            _concatenate([cut.first[:-1] + begin for (_, cut), begin in zip(present, tokens, strict=False)]), tokens[-1]
+        ),
+        starts=_concatenate([cut.bounds[:-1] for _, cut in present]),
+        ends=_concatenate([cut.bounds[1:] for _, cut in present]),
+        protected=np.concatenate(
+            [np.zeros(0, dtype=bool), *(_protected(piece, cut, patterns, protected_parts) for piece, cut in present)]
+        ),
+        separator=separator,
+        separator_ids=np.asarray(separator_ids, dtype=np.int64),
+    )
+
+
+def _protected(
+    piece: Piece, units: Units, patterns: Sequence[re.Pattern[str]], protected_parts: Collection[Part]
+) -> Mask:
+    mask = np.full(len(units), piece.part in protected_parts)
+    for start, end in protected_spans(piece.text, patterns):
+        low = np.searchsorted(units.bounds, start, side="right") - 1
+        high = np.searchsorted(units.bounds, end, side="left")
+        mask[low:high] = True
+    return mask
+
+
+def _concatenate(arrays: Sequence[Ints]) -> Ints:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *arrays])

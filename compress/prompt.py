@@ -1,0 +1,68 @@
+"""The three parts of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from terselm.errors import PromptError
+
+
+class Part(StrEnum):
+    """What a piece of a prompt is for."""
+
+    INSTRUCTION = "instruction"
+    DEMONSTRATION = "demonstration"
+    QUESTION = "question"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """The instruction, one demonstration, or the question.
+
+    Attributes:
+        index: the number of the demonstration, from 0; 0 for the other parts.
+    """
+
+    part: Part
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """An instruction, demonstrations (or retrieved documents), and a question; each may be absent.
+
+    Raises:
+        PromptError: all are empty, one is not a string, or one is not valid Unicode.
+    """
+
+    instruction: str = ""
+    demonstrations: Sequence[str] = ()
+    question: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.demonstrations, str):
+            raise PromptError("demonstrations is one string; expected a list of strings")
+        object.__setattr__(self, "demonstrations", tuple(self.demonstrations))
+        for name, text in self._named():
+            if not isinstance(text, str):
+                raise PromptError(f"{name} is a {type(text).__name__}; expected a string")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise PromptError(f"{name} holds half a surrogate pair at character {error.start}") from None
+        if not any(text for _, text in self._named()):
+            raise PromptError("the prompt is empty; give an instruction, demonstrations or a question")
+
+    def pieces(self) -> list[Piece]:
+        """What is not empty, in the order instruction, demonstrations, question."""
+        pieces = [Piece(part=Part.INSTRUCTION, index=0, text=self.instruction)]
+        pieces += [Piece(part=Part.DEMONSTRATION, index=i, text=text) for i, text in enumerate(self.demonstrations)]
+        pieces.append(Piece(part=Part.QUESTION, index=0, text=self.question))
+        return [piece for piece in pieces if piece.text]
+
+    def _named(self) -> list[tuple[str, str]]:
+        named = [(f"demonstrations[{i}]", text) for i, text in enumerate(self.demonstrations)]
+        return [("instruction", self.instruction), *named, ("question", self.question)]

@@ -1,0 +1,58 @@
+"""How to compress."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from terselm.errors import ConfigError
+
+
+class UnitKind(StrEnum):
+    """The smallest thing that is kept or dropped."""
+
+    TOKEN = "token"
+    WORD = "word"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionSettings:
+    """The parameters of the algorithm; the defaults are the paper's.
+
+    Attributes:
+        k: granularity coefficient of the budget controller, ≥ 1; demonstrations are selected until they hold k times
+            the tokens that will be kept of them.
+        instruction_rate: τ_ins in (0, 1], the kept fraction of the instruction; 1 protects it.
+        question_rate: τ_que in (0, 1], the kept fraction of the question; 1 protects it.
+        segment_size: tokens that are scored before the first of them are dropped, ≥ 1.
+        separator: what joins instruction, demonstrations and question, not empty.
+        unit: the smallest thing that is kept or dropped.
+
+    Raises:
+        ConfigError: a value out of its range.
+
+    Source: §4 of arXiv:2310.05736.
+    """
+
+    k: float = 2.0
+    instruction_rate: float = 0.85
+    question_rate: float = 0.9
+    segment_size: int = 100
+    separator: str = "\n\n"
+    unit: UnitKind = UnitKind.TOKEN
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.k) and self.k >= 1):
+            raise ConfigError(f"k is {self.k}; expected a number ≥ 1")
+        for name in ("instruction_rate", "question_rate"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a fraction in (0, 1]")
+        if self.segment_size < 1:
+            raise ConfigError(f"segment_size is {self.segment_size}; expected at least 1 token")
+        if not self.separator:
+            raise ConfigError("separator is empty; expected the text that joins the parts of a prompt")
+        try:
+            object.__setattr__(self, "unit", UnitKind(self.unit))
+        except ValueError:
+            raise ConfigError(f"unit is {self.unit!r}; expected one of {', '.join(UnitKind)}") from None
