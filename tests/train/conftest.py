@@ -40,10 +40,16 @@ def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_script(tiny_model: Path, records_file: Path) -> Callable[[Path], Script]:
+def model_name(tiny_model: Path) -> str:
+    """The folder, written as only a user would write it."""
+    return f"{tiny_model.parent}/./{tiny_model.name}"
+
+
+@pytest.fixture(scope="session")
+def make_script(model_name: str, records_file: Path) -> Callable[[Path], Script]:
     def make(folder: Path) -> Script:
         config = folder / "align.yaml"
-        config.write_text(TINY_RUN.format(records=records_file, model=tiny_model, run=folder / "run"), encoding="utf-8")
+        config.write_text(TINY_RUN.format(records=records_file, model=model_name, run=folder / "run"), encoding="utf-8")
         return Script(config, folder / "run")
 
     return make

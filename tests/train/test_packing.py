@@ -20,9 +20,8 @@ def test_every_example_is_in_one_row_that_holds_it(lengths: list[int]) -> None:
     rows = pack(examples, 32)
     assert sorted(e.record for row in rows for e in row) == list(range(len(lengths)))
     assert all(0 < sum(map(len, row)) <= 32 for row in rows)
-    # The bound of best-fit decreasing; the tokens alone need at least this many rows.
-    sizes = sorted(lengths, reverse=True)
-    assert len(rows) == len(best_fit(sizes, 32))
+    left = sorted(32 - sum(map(len, row)) for row in rows)
+    assert left == sorted(best_fit(sorted(lengths, reverse=True), 32))
 
 
 def best_fit(sizes: list[int], capacity: int) -> list[int]:

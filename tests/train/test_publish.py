@@ -56,23 +56,23 @@ def test_terselm_loads_it_and_the_run_alike(published: Path, finished: Script) -
     torch.testing.assert_close(logits(one.model, ids), logits(other.model, ids), atol=1e-5, rtol=0)
 
 
-def test_it_says_where_it_comes_from(published: Path, finished: Script, tiny_model: Path) -> None:
+def test_it_says_where_it_comes_from(published: Path, finished: Script, model_name: str) -> None:
     provenance = json.loads((published / "provenance.json").read_text())
-    assert provenance["base"]["name"] == str(tiny_model)
+    assert provenance["base"]["name"] == model_name
     assert re.fullmatch("[0-9a-f]{64}", provenance["base"]["weights_sha256"])
     assert provenance["data"]["sha256"] == finished.metrics()["data"]["sha256"]
     assert provenance["weights"]["logit_difference"] < provenance["weights"]["tolerance"]
     names = {path.name for path in published.iterdir()} - {"provenance.json"}
     assert set(provenance["sha256"]) == names
     assert {"model.safetensors", "generation_config.json", "tokenizer.json", "config.yaml", "metrics.json"} <= names
-    assert load_config(AlignConfig, published / "config.yaml").model == str(tiny_model)
+    assert load_config(AlignConfig, published / "config.yaml").model == model_name
 
 
-def test_the_card_has_metadata_and_the_measured_figures(published: Path, finished: Script, tiny_model: Path) -> None:
+def test_the_card_has_metadata_and_the_measured_figures(published: Path, finished: Script, model_name: str) -> None:
     _, metadata, body = (published / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     fields = yaml.safe_load(metadata)
     held_out = finished.metrics()["held_out"]
-    assert fields["base_model"] == str(tiny_model)
+    assert fields["base_model"] == model_name
     assert "prompt-compression" in fields["tags"]
     assert "license" not in fields  # a folder without a card says nothing of its licence
     (result,) = fields["model-index"][0]["results"]
