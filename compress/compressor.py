@@ -5,49 +5,26 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from terselm.compress.budget import BudgetController, BudgetPlan
+from terselm.compress.budget import BudgetController
 from terselm.compress.counter import Count, tokenizer_counter
 from terselm.compress.fit import fit_budget
-from terselm.compress.itpc import Floats, IterativeCompression
-from terselm.compress.layout import Layout, Mask, build_layout
+from terselm.compress.itpc import IterativeCompression
+from terselm.compress.job import Job, decide
+from terselm.compress.layout import Layout, build_layout
 from terselm.compress.prompt import Part, Prompt
 from terselm.compress.protect import Keep, compile_keep
-from terselm.compress.result import CompressionResult, Reason, TokenDecision
+from terselm.compress.result import CompressionResult
 from terselm.compress.settings import CompressionSettings, UnitKind
-from terselm.compress.surprisal import SurprisalEngine, Surprisals
+from terselm.compress.surprisal import SurprisalEngine
+from terselm.compress.target import check_target
 from terselm.compress.units import Ints, Units, cut_units, merge_words
 from terselm.errors import BudgetError
 from terselm.models import CausalLM, load_causal_lm
-
-
-@dataclass(kw_only=True)
-class _Job:
-    """One prompt on its way through the stages."""
-
-    layout: Layout
-    controller: BudgetController
-    original: int
-    budget: int
-    coarse: dict[int, Surprisals]  # surprisals of a demonstration by itself, by number of the piece
-    plan: BudgetPlan | None = None
-    stage: IterativeCompression | None = None
-
-    @cached_property
-    def demonstrations(self) -> list[int]:
-        return self.layout.numbers(Part.DEMONSTRATION)
-
-    def perplexities(self) -> list[float]:
-        """One a demonstration; 0 where it was not read."""
-        means = [
-            float(self.coarse[n].mean(dtype=np.float64)) if n in self.coarse else -np.inf for n in self.demonstrations
-        ]
-        return [float(np.exp(min(mean, 700.0))) for mean in means]
 
 
 class PromptCompressor:
@@ -126,7 +103,7 @@ class PromptCompressor:
             ConfigError: an unusable ``keep``.
             ContextLengthError: a segment that does not fit into the model's window.
         """
-        _check_target(budget, rate)
+        check_target(budget, rate)
         patterns = compile_keep(keep)
         count = counter or self._own_count
         units = self._cut([piece.text for prompt in prompts for piece in prompt.pieces()])
@@ -148,7 +125,7 @@ class PromptCompressor:
         rate: float | None,
         count: Count,
         own: bool,
-    ) -> _Job:
+    ) -> Job:
         settings = self.settings
         pieces = prompt.pieces()
         layout = build_layout(
@@ -173,7 +150,7 @@ class PromptCompressor:
                 f"rate {rate} of {original} tokens is no token at all; raise it to {1 / original:.2g}", smallest=1
             )
         small = target if own else math.floor(target * layout.total_tokens / max(1, original))
-        return _Job(
+        return Job(
             layout=layout, controller=self._controller(layout, small), original=original, budget=target, coarse={}
         )
 
@@ -197,14 +174,14 @@ class PromptCompressor:
             question_rate=self.settings.question_rate,
         )
 
-    def _read_demonstrations(self, jobs: Sequence[_Job]) -> None:
+    def _read_demonstrations(self, jobs: Sequence[Job]) -> None:
         """Coarse surprisals of all demonstrations of all these prompts, each distinct text once."""
         wanted = {job.layout.pieces[n].text: job.layout.piece_ids(n) for job in jobs for n in job.demonstrations}
         scores = dict(zip(wanted, self._engine.score_texts(list(wanted.values())), strict=True))
         for job in jobs:
             job.coarse = {n: scores[job.layout.pieces[n].text] for n in job.demonstrations}
 
-    def _stage_two(self, job: _Job) -> IterativeCompression:
+    def _stage_two(self, job: Job) -> IterativeCompression:
         layout, plan = job.layout, job.plan
         assert plan is not None
         whole = {job.demonstrations[i] for i in plan.selected}
@@ -239,7 +216,7 @@ class PromptCompressor:
                     for stage, surprisals in zip(rows, scored, strict=True):
                         stage.receive(surprisals)
 
-    def _finish(self, job: _Job, count: Count) -> CompressionResult:
+    def _finish(self, job: Job, count: Count) -> CompressionResult:
         layout, stage = job.layout, job.stage
         if stage is None:
             everything = np.ones(len(layout), dtype=bool)
@@ -249,7 +226,7 @@ class PromptCompressor:
                 compressed_tokens=job.original,
                 budget=job.budget,
                 selected=tuple(layout.pieces[n].index for n in job.demonstrations),
-                _decide=partial(_decide, job, everything),
+                _decide=partial(decide, job, everything),
             )
         kept, text, size = fit_budget(layout, stage.kept, stage.margin, self._spare(job), job.budget, count)
         assert job.plan is not None
@@ -259,10 +236,10 @@ class PromptCompressor:
             compressed_tokens=size,
             budget=job.budget,
             selected=tuple(layout.pieces[job.demonstrations[i]].index for i in job.plan.selected),
-            _decide=partial(_decide, job, kept),
+            _decide=partial(decide, job, kept),
         )
 
-    def _spare(self, job: _Job) -> Callable[[], Ints]:
+    def _spare(self, job: Job) -> Callable[[], Ints]:
         """The free units of the demonstrations that were not selected, in descending order of perplexity."""
 
         def spare() -> Ints:
@@ -276,7 +253,8 @@ class PromptCompressor:
                 np.arange(job.layout.edges[n], job.layout.edges[n + 1]) for n in (job.demonstrations[i] for i in left)
             ]
             flat = np.concatenate([np.zeros(0, dtype=np.int64), *units])
-            return flat[~job.layout.protected[flat]]
+            free: Ints = flat[~job.layout.protected[flat]]
+            return free
 
         return spare
 
@@ -297,62 +275,3 @@ class PromptCompressor:
             cut_units(ids, offsets, text)
             for ids, offsets, text in zip(encoded["input_ids"], encoded["offset_mapping"], texts, strict=True)
         ]
-
-
-def _check_target(budget: int | None, rate: float | None) -> None:
-    if (budget is None) == (rate is None):
-        given = "both a budget and a rate are" if budget is not None else "neither a budget nor a rate is"
-        raise BudgetError(f"{given} given; give exactly one of the two")
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
-        raise BudgetError(f"the budget is {budget!r}; expected a whole number of tokens, at least 1")
-    if rate is not None and not 0 < rate <= 1:
-        raise BudgetError(f"the rate is {rate!r}; expected a fraction in (0, 1]")
-
-
-def _decide(job: _Job, kept: Mask) -> tuple[TokenDecision, ...]:
-    layout = job.layout
-    surprisal, segment = _surprisals(job)
-    decisions = []
-    for unit in range(len(layout)):
-        piece = layout.pieces[layout.piece_of[unit]]
-        start, end = int(layout.starts[unit]), int(layout.ends[unit])
-        decisions.append(
-            TokenDecision(
-                part=piece.part,
-                index=piece.index,
-                text=piece.text[start:end],
-                start=start,
-                end=end,
-                token_count=int(layout.cost[unit]),
-                segment=int(segment[unit]) if segment[unit] >= 0 else None,
-                surprisal=None if np.isnan(surprisal[unit]) else float(surprisal[unit]),
-                kept=bool(kept[unit]),
-                reason=_reason(job, unit, bool(kept[unit])),
-            )
-        )
-    return tuple(decisions)
-
-
-def _surprisals(job: _Job) -> tuple[Floats, Ints]:
-    layout = job.layout
-    surprisal = np.full(len(layout), np.nan)
-    if job.stage is None:
-        return surprisal, np.full(len(layout), -1, dtype=np.int64)
-    for number, tokens in job.coarse.items():
-        low, high = layout.edges[number], layout.edges[number + 1]
-        surprisal[low:high] = np.add.reduceat(tokens.astype(np.float64), layout.first[low:high] - layout.first[low])
-    read = ~np.isnan(job.stage.surprisal)
-    surprisal[read] = job.stage.surprisal[read]
-    return surprisal, job.stage.segment_of
-
-
-def _reason(job: _Job, unit: int, kept: bool) -> Reason:
-    if job.stage is None:
-        return Reason.UNCHANGED
-    if job.layout.protected[unit]:
-        return Reason.PROTECTED
-    if kept:
-        return Reason.ABOVE_THRESHOLD if job.stage.kept[unit] else Reason.TAKEN_BACK
-    if job.stage.kept[unit]:
-        return Reason.OVER_BUDGET
-    return Reason.BELOW_THRESHOLD if job.stage.segment_of[unit] >= 0 else Reason.DEMONSTRATION_DROPPED

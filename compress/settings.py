@@ -21,8 +21,8 @@ class CompressionSettings:
     """The parameters of the algorithm; the defaults are the paper's.
 
     Attributes:
-        k: granularity coefficient of the budget controller, ≥ 1; demonstrations are selected until they hold k times
-            the tokens that will be kept of them.
+        k: granularity coefficient of the budget controller, above 0; demonstrations are selected until they hold k
+            times the tokens that will be kept of them.
         instruction_rate: τ_ins in (0, 1], the kept fraction of the instruction; 1 protects it.
         question_rate: τ_que in (0, 1], the kept fraction of the question; 1 protects it.
         segment_size: tokens that are scored before the first of them are dropped, ≥ 1.
@@ -43,8 +43,8 @@ class CompressionSettings:
     unit: UnitKind = UnitKind.TOKEN
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.k) and self.k >= 1):
-            raise ConfigError(f"k is {self.k}; expected a number ≥ 1")
+        if not (math.isfinite(self.k) and self.k > 0):
+            raise ConfigError(f"k is {self.k}; expected a number above 0")
         for name in ("instruction_rate", "question_rate"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a fraction in (0, 1]")

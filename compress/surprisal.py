@@ -97,7 +97,7 @@ class SurprisalEngine:
         wanted_ids = self._tensor(targets)
         rows = max(1, _LOGITS_AT_ONCE.get(self.device.type, _LOGITS_AT_ONCE["cpu"]) // self._config.vocab_size)
         chunks = []
-        for some, wanted in zip(chosen.split(rows), wanted_ids.split(rows), strict=True):
+        for some, wanted in zip(torch.split(chosen, rows), torch.split(wanted_ids, rows), strict=True):
             logits = self._logits(some)
             chunks.append(logits.logsumexp(-1) - logits.gather(-1, wanted[:, None])[:, 0])
         return torch.cat(chunks).cpu().numpy()

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+Floats32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,199 @@
-def main() -> None: ...
+"""The ``terselm`` command. Results go to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from terselm.errors import ConfigError, DataFormatError, TerseLMError
+
+if TYPE_CHECKING:
+    from terselm.compress.protect import Keep
+
+app = typer.Typer(
+    help="Shorten prompts for a large target LLM with a small LM that was aligned to it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_MODEL_HELP = "Alias, model folder, run folder, adapter folder or hub id."
+
+
+def main() -> None:
+    """Run the command line; the user's mistakes end with one sentence and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpx2", "transformers", "huggingface_hub"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except TerseLMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def convert(name: Annotated[str, typer.Argument(help="Alias of a model, such as smollm2-135m.")]) -> None:
+    """Convert an alias's weights into the cache and print the folder."""
+    from terselm.models import convert_alias
+
+    _quieten_transformers()
+    print(convert_alias(name))
+
+
+@app.command()
+def compress(
+    text: Annotated[Path | None, typer.Argument(help="A text without parts; '-' is standard input.")] = None,
+    *,
+    prompt: Annotated[
+        Path | None, typer.Option(help="JSON file with instruction, demonstrations and question.")
+    ] = None,
+    instruction: Annotated[Path | None, typer.Option(help="File with the instruction; '-' is standard input.")] = None,
+    demonstration: Annotated[
+        list[Path] | None, typer.Option(help="File with one demonstration or document; may be repeated.")
+    ] = None,
+    question: Annotated[Path | None, typer.Option(help="File with the question; '-' is standard input.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Tokens allowed.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Fraction of the tokens to keep, in (0, 1].")] = None,
+    model: Annotated[str, typer.Option(help=f"The small LM. {_MODEL_HELP}")] = "smollm2-135m",
+    config: Annotated[Path | None, typer.Option(help="YAML file with compression settings.")] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="Literal text that must survive; may be repeated.")] = None,
+    keep_regex: Annotated[list[str] | None, typer.Option(help="The same as a regular expression.")] = None,
+    keep_preset: Annotated[list[str] | None, typer.Option(help="numbers, urls or code_fences.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result with its figures as JSON.")] = False,
+    tokens: Annotated[bool, typer.Option(help="With --json: the decision on every token.")] = False,
+) -> None:
+    """Compress a prompt and print it."""
+    parts = _parts(text, prompt, instruction, demonstration or [], question)
+    protected = _keep(keep or [], keep_regex or [], keep_preset or [])
+    from terselm.compress.prompt import Prompt
+    from terselm.compress.settings import CompressionSettings
+    from terselm.compress.target import check_target
+    from terselm.config import load_config
+
+    asked = Prompt(**parts)
+    check_target(budget, rate)
+    settings = load_config(CompressionSettings, config)
+    from terselm.compress.compressor import PromptCompressor
+
+    _quieten_transformers()
+    compressor = PromptCompressor.from_pretrained(model, device=device, settings=settings)
+    result = compressor.compress_batch([asked], budget=budget, rate=rate, keep=protected)[0]
+    print(json.dumps(result.to_dict(tokens=tokens), ensure_ascii=False, indent=2) if as_json else result.text)
+
+
+@app.command()
+def publish(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    to: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")],
+    dtype: Annotated[str, typer.Option(help="Number format of the stored weights: float32 or bfloat16.")] = "float32",
+) -> None:
+    """Merge a run's adapter into its base model and write a checkpoint that stands by itself."""
+    _need("train", "peft")
+    from terselm.train.config import Precision
+    from terselm.train.publish import publish as publish_run
+
+    try:
+        precision = Precision(dtype)
+    except ValueError:
+        raise ConfigError(f"unknown dtype {dtype!r}; expected float32 or bfloat16") from None
+    _quieten_transformers()
+    print(publish_run(run, to, dtype=precision).path)
+
+
+@app.command()
+def collect(
+    instructions: Annotated[Path, typer.Option(help="JSONL file of instructions.")],
+    out: Annotated[Path, typer.Option(help="JSONL file of records to write.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file with collection settings.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings.")] = None,
+) -> None:
+    """Ask a local target LLM and write what it answers."""
+    from terselm.config import load_config
+    from terselm.data.collect import collect_local
+    from terselm.data.instructions import read_instructions
+    from terselm.data.requests import CollectSettings
+
+    settings = load_config(CollectSettings, config, overrides or [])
+    _quieten_transformers()
+    print(collect_local(list(read_instructions(instructions)), out, settings))
+
+
+def _parts(
+    text: Path | None, prompt: Path | None, instruction: Path | None, demonstrations: list[Path], question: Path | None
+) -> dict[str, Any]:
+    """The parts of the prompt, from exactly one of: a text, a JSON file, files by part."""
+    by_part = bool(instruction or demonstrations or question)
+    if (text is not None) + (prompt is not None) + by_part > 1:
+        raise ConfigError("give a text, or --prompt, or the parts by file; not several of these")
+    if prompt is not None:
+        return _read_prompt(prompt)
+    if by_part:
+        return {
+            "instruction": _read(instruction) if instruction else "",
+            "demonstrations": [_read(path) for path in demonstrations],
+            "question": _read(question) if question else "",
+        }
+    return {"demonstrations": [_read(text or Path("-"))]}
+
+
+def _read(path: Path) -> str:
+    try:
+        # newlines are the user's: no translation
+        return (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataFormatError(path, None, f"not UTF-8 (byte {error.start}); convert it first") from None
+
+
+def _read_prompt(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise DataFormatError(path, error.lineno, f"broken JSON: {error.msg}") from None
+    known = ("instruction", "demonstrations", "question")
+    if not isinstance(values, dict) or not values.keys() <= set(known):
+        raise DataFormatError(path, None, f"expected a JSON object with some of the keys {', '.join(known)}")
+    return values
+
+
+def _keep(literals: list[str], regexes: list[str], presets: list[str]) -> list[Keep]:
+    from terselm.compress.protect import Preset
+
+    keep: list[Keep] = list(literals)
+    for regex in regexes:
+        try:
+            keep.append(re.compile(regex))
+        except re.error as error:
+            raise ConfigError(f"--keep-regex {regex!r} is not a regular expression: {error}") from None
+    for preset in presets:
+        try:
+            keep.append(Preset(preset))
+        except ValueError:
+            raise ConfigError(f"unknown preset {preset!r}; expected one of {', '.join(Preset)}") from None
+    return keep
+
+
+def _need(extra: str, module: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(module) is None:
+        raise ConfigError(f"this command needs {module}; run: pip install 'terselm[{extra}]'")
+
+
+def _quieten_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -155,11 +155,11 @@ def _load(name: str | Path, dtype: Any) -> tuple[Any, Any]:
     if adapter is not None:
         base, tokenizer = _load(_adapter_base(adapter), torch.float32)
         return _merge(base, adapter).to(dtype), tokenizer
+    where: Path | str = source
+    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+    if isinstance(source, Path) and source.is_file():
+        where, options = source.parent, {"gguf_file": source.name}
     with _clear_errors(name):
-        if isinstance(source, Path) and source.is_file():
-            where, options = source.parent, {"gguf_file": source.name}
-        else:
-            where, options = source, {"use_safetensors": True, "trust_remote_code": False}
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
     return model, load_tokenizer(name)
 

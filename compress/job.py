@@ -1,0 +1,88 @@
+"""One prompt on its way through the stages, and the account of what became of its units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from terselm.compress.budget import BudgetController, BudgetPlan
+from terselm.compress.itpc import Floats, IterativeCompression
+from terselm.compress.layout import Layout, Mask
+from terselm.compress.prompt import Part
+from terselm.compress.result import Reason, TokenDecision
+from terselm.compress.units import Floats32, Ints
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One prompt on its way through the stages."""
+
+    layout: Layout
+    controller: BudgetController
+    original: int
+    budget: int
+    coarse: dict[int, Floats32]  # surprisals of a demonstration by itself, by number of the piece
+    plan: BudgetPlan | None = None
+    stage: IterativeCompression | None = None
+
+    @cached_property
+    def demonstrations(self) -> list[int]:
+        return self.layout.numbers(Part.DEMONSTRATION)
+
+    def perplexities(self) -> list[float]:
+        """One a demonstration; 0 where it was not read."""
+        means = [
+            float(self.coarse[n].mean(dtype=np.float64)) if n in self.coarse else -np.inf for n in self.demonstrations
+        ]
+        return [float(np.exp(min(mean, 700.0))) for mean in means]
+
+
+def decide(job: Job, kept: Mask) -> tuple[TokenDecision, ...]:
+    layout = job.layout
+    surprisal, segment = _surprisals(job)
+    decisions = []
+    for unit in range(len(layout)):
+        piece = layout.pieces[layout.piece_of[unit]]
+        start, end = int(layout.starts[unit]), int(layout.ends[unit])
+        decisions.append(
+            TokenDecision(
+                part=piece.part,
+                index=piece.index,
+                text=piece.text[start:end],
+                start=start,
+                end=end,
+                token_count=int(layout.cost[unit]),
+                segment=int(segment[unit]) if segment[unit] >= 0 else None,
+                surprisal=None if np.isnan(surprisal[unit]) else float(surprisal[unit]),
+                kept=bool(kept[unit]),
+                reason=_reason(job, unit, bool(kept[unit])),
+            )
+        )
+    return tuple(decisions)
+
+
+def _surprisals(job: Job) -> tuple[Floats, Ints]:
+    layout = job.layout
+    surprisal = np.full(len(layout), np.nan)
+    if job.stage is None:
+        return surprisal, np.full(len(layout), -1, dtype=np.int64)
+    for number, tokens in job.coarse.items():
+        low, high = layout.edges[number], layout.edges[number + 1]
+        surprisal[low:high] = np.add.reduceat(tokens.astype(np.float64), layout.first[low:high] - layout.first[low])
+    read = ~np.isnan(job.stage.surprisal)
+    surprisal[read] = job.stage.surprisal[read]
+    return surprisal, job.stage.segment_of
+
+
+def _reason(job: Job, unit: int, kept: bool) -> Reason:
+    if job.stage is None:
+        return Reason.UNCHANGED
+    if job.layout.protected[unit]:
+        return Reason.PROTECTED
+    if kept:
+        return Reason.ABOVE_THRESHOLD if job.stage.kept[unit] else Reason.TAKEN_BACK
+    if job.stage.kept[unit]:
+        return Reason.OVER_BUDGET
+    return Reason.BELOW_THRESHOLD if job.stage.segment_of[unit] >= 0 else Reason.DEMONSTRATION_DROPPED
