@@ -63,18 +63,8 @@ def align(config: AlignConfig) -> RunFolder:
     training = _describe_training(run.trainer, resumed=checkpoint is not None)
     held_out = compare(run.texts.held_out, before, run.score(), config.seed)
     if state.is_main_process:
-        metrics = {
-            "model": config.model,
-            "held_out": held_out,
-            "training": training,
-            "data": {"records": config.data.records, "sha256": data_sha256, **run.texts.describe()},
-            "compute": run.compute,
-            "seconds": time.perf_counter() - started,
-            "versions": describe_versions(),
-            "hardware": describe_hardware(),
-            "git_commit": git_commit(),
-            "loss_history": [entry for entry in run.trainer.state.log_history if "loss" in entry],
-        }
+        metrics = {"model": config.model, "held_out": held_out, "training": training, **run.circumstances(data_sha256)}
+        metrics["seconds"] = time.perf_counter() - started
         folder.finish(metrics, partial(save_adapter, run.model, base=config.model))
         tell(_conclusion(metrics, folder))
     run.trainer.accelerator.end_training()
@@ -102,6 +92,17 @@ class _Run:
             rank=self.state.process_index,
             processes=self.state.num_processes,
         )
+
+    def circumstances(self, data_sha256: str) -> dict[str, Any]:
+        """What the result came from, and the loss by step."""
+        return {
+            "data": {"records": self.config.data.records, "sha256": data_sha256, **self.texts.describe()},
+            "compute": self.compute,
+            "versions": describe_versions(),
+            "hardware": describe_hardware(),
+            "git_commit": git_commit(),
+            "loss_history": [entry for entry in self.trainer.state.log_history if "loss" in entry],
+        }
 
     def introduction(self) -> str:
         data, compute = self.texts.describe(), self.compute
