@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from agreement import Case, assert_agrees, count_bytes, count_with_overhead, count_words
 from fakes import random_lm
-from terselm.compress.protect import Preset
 
 from terselm import CompressionSettings, Prompt
+from terselm.compress.protect import Preset
 
 INSTRUCTION = "Answer the question below. Use the examples, think step by step, and end with one number."
 APPLES = "Question: Sam had 12 apples and gave 5 away.\nLet's think step by step. 12 - 5 = 7. The answer is 7."

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import real_prompts as p
 from agreement import Case, assert_agrees
-from terselm.compress.protect import Preset
 
 from terselm import CompressionSettings, Prompt
+from terselm.compress.protect import Preset
 from terselm.models import load_causal_lm
 
 pytestmark = pytest.mark.model
