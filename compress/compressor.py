@@ -23,7 +23,7 @@ from terselm.compress.settings import CompressionSettings, UnitKind
 from terselm.compress.surprisal import SurprisalEngine
 from terselm.compress.target import check_target
 from terselm.compress.units import Ints, Units, cut_units, merge_words
-from terselm.errors import BudgetError
+from terselm.errors import BudgetError, PromptError
 from terselm.models import CausalLM, load_causal_lm
 
 
@@ -99,6 +99,7 @@ class PromptCompressor:
             counter: tokens of a text as the caller counts them; by default the small LM's.
 
         Raises:
+            PromptError: a prompt is empty.
             BudgetError: both or neither of budget and rate, one out of range, or a budget that cannot be met.
             ConfigError: an unusable ``keep``.
             ContextLengthError: a segment that does not fit into the model's window.
@@ -143,6 +144,8 @@ class PromptCompressor:
             separator=settings.separator,
             separator_ids=self._separator_ids,
         )
+        if not len(layout):
+            raise PromptError("the prompt is empty; give an instruction, demonstrations or a question")
         original = count(layout.text(np.ones(len(layout), dtype=bool)))
         target = budget if budget is not None else math.floor((rate or 0) * original)
         if target < 1:

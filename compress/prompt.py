@@ -35,7 +35,7 @@ class Prompt:
     """An instruction, demonstrations (or retrieved documents), and a question; each may be absent.
 
     Raises:
-        PromptError: all are empty, one is not a string, or one is not valid Unicode.
+        PromptError: one is not a string, or not valid Unicode.
     """
 
     instruction: str = ""
@@ -53,8 +53,6 @@ class Prompt:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise PromptError(f"{name} holds half a surrogate pair at character {error.start}") from None
-        if not any(text for _, text in self._named()):
-            raise PromptError("the prompt is empty; give an instruction, demonstrations or a question")
 
     def pieces(self) -> list[Piece]:
         """What is not empty, in the order instruction, demonstrations, question."""
