@@ -35,11 +35,11 @@ def fit_budget(
     size = count(text)
     if size > budget:
         text, size = _drop(layout, kept, margin, budget, (text, size), count)
-    if size * 100 < budget * 98:
+    if _wants_more(kept, size, budget):
         dropped = np.flatnonzero(~kept & ~np.isnan(margin))
         best = dropped[np.argsort(-margin[dropped], kind="stable")]
         text, size = _take_back(layout, kept, best, budget, (text, size), count)
-        if size * 100 < budget * 98:
+        if _wants_more(kept, size, budget):
             text, size = _take_back(layout, kept, spare(), budget, (text, size), count)
     if not kept.any():
         smallest = min(count(text) for text in _unit_texts(layout))
@@ -48,6 +48,10 @@ def fit_budget(
             smallest=smallest,
         )
     return kept, text, size
+
+
+def _wants_more(kept: Mask, size: int, budget: int) -> bool:
+    return size * 100 < budget * 98 or not kept.any()
 
 
 def _unit_texts(layout: Layout) -> set[str]:
@@ -85,7 +89,7 @@ def _take_back(
     text, size = now
     done = 0
     step = 0
-    while size * 100 < budget * 98 and done < len(candidates):
+    while _wants_more(kept, size, budget) and done < len(candidates):
         step = step or (max(1, (budget - size) * int(kept.sum()) // (2 * size)) if size else 1)
         chunk = candidates[done : done + step]
         kept[chunk] = True

@@ -26,7 +26,7 @@ class CompressionSettings:
         instruction_rate: τ_ins in (0, 1], the kept fraction of the instruction; 1 protects it.
         question_rate: τ_que in (0, 1], the kept fraction of the question; 1 protects it.
         segment_size: tokens that are scored before the first of them are dropped, ≥ 1.
-        separator: what joins instruction, demonstrations and question, not empty.
+        separator: what joins instruction, demonstrations and question; may be empty.
         unit: the smallest thing that is kept or dropped.
 
     Raises:
@@ -50,8 +50,6 @@ class CompressionSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a fraction in (0, 1]")
         if self.segment_size < 1:
             raise ConfigError(f"segment_size is {self.segment_size}; expected at least 1 token")
-        if not self.separator:
-            raise ConfigError("separator is empty; expected the text that joins the parts of a prompt")
         try:
             object.__setattr__(self, "unit", UnitKind(self.unit))
         except ValueError:
