@@ -38,16 +38,18 @@ def fit_budget(
     if _wants_more(kept, size, budget):
         dropped = np.flatnonzero(~kept & ~np.isnan(margin))
         best = dropped[np.argsort(-margin[dropped], kind="stable")]
-        text, size = _take_back(layout, kept, best, budget, (text, size), count)
-        if _wants_more(kept, size, budget):
-            text, size = _take_back(layout, kept, spare(), budget, (text, size), count)
+        text, size = _take_back(layout, kept, best, spare, budget, (text, size), count)
     if not kept.any():
-        smallest = min(count(text) for text in _unit_texts(layout))
-        raise BudgetError(
-            f"a budget of {budget} tokens holds nothing of this prompt; the smallest that could is {smallest}",
-            smallest=smallest,
-        )
+        raise _nothing_fits(layout, budget, count)
     return kept, text, size
+
+
+def _nothing_fits(layout: Layout, budget: int, count: Count) -> BudgetError:
+    smallest = min(count(text) for text in _unit_texts(layout))
+    return BudgetError(
+        f"a budget of {budget} tokens holds nothing of this prompt; the smallest that could is {smallest}",
+        smallest=smallest,
+    )
 
 
 def _wants_more(kept: Mask, size: int, budget: int) -> bool:
@@ -69,6 +71,8 @@ def _drop(
     worst = free[np.argsort(margin[free], kind="stable")]
     done = 0
     while size > budget:
+        if done == len(worst) and not layout.protected.any():
+            raise _nothing_fits(layout, budget, count)
         if done == len(worst):
             raise BudgetError(
                 f"the protected text alone has {size} tokens, more than the budget of {budget}; "
@@ -84,13 +88,24 @@ def _drop(
 
 
 def _take_back(
-    layout: Layout, kept: Mask, candidates: Ints, budget: int, now: tuple[str, int], count: Count
+    layout: Layout,
+    kept: Mask,
+    candidates: Ints,
+    spare: Callable[[], Ints],
+    budget: int,
+    now: tuple[str, int],
+    count: Count,
 ) -> tuple[str, int]:
     text, size = now
     done = 0
     step = 0
-    while _wants_more(kept, size, budget) and done < len(candidates):
+    extended = False
+    while _wants_more(kept, size, budget):
         step = step or (max(1, (budget - size) * int(kept.sum()) // (2 * size)) if size else 1)
+        if done + step > len(candidates) and not extended:  # only now, since it may need the model
+            candidates, extended = np.concatenate([candidates, spare()]), True
+        if done == len(candidates):
+            break
         chunk = candidates[done : done + step]
         kept[chunk] = True
         trial = layout.text(kept)
