@@ -12,7 +12,7 @@ import numpy as np
 
 from terselm.compress.budget import BudgetController
 from terselm.compress.counter import Count, tokenizer_counter
-from terselm.compress.fit import fit_budget
+from terselm.compress.fit import fit_budget, smallest_budget
 from terselm.compress.itpc import IterativeCompression
 from terselm.compress.job import Job, decide
 from terselm.compress.layout import Layout, build_layout
@@ -148,9 +148,11 @@ class PromptCompressor:
             raise PromptError("the prompt is empty; give an instruction, demonstrations or a question")
         original = count(layout.text(np.ones(len(layout), dtype=bool)))
         target = budget if budget is not None else math.floor((rate or 0) * original)
-        if target < 1:
+        if target < min(1, original):
+            smallest = smallest_budget(layout, count)
             raise BudgetError(
-                f"rate {rate} of {original} tokens is no token at all; raise it to {1 / original:.2g}", smallest=1
+                f"a rate of {rate} leaves none of {original} tokens; the smallest budget that could work is {smallest}",
+                smallest=smallest,
             )
         small = target if own else math.floor(target * layout.total_tokens / max(1, original))
         return Job(

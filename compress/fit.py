@@ -44,8 +44,15 @@ def fit_budget(
     return kept, text, size
 
 
+def smallest_budget(layout: Layout, count: Count) -> int:
+    """The least that a budget can be: the protected text, or where none is protected the cheapest single unit."""
+    if layout.protected.any():
+        return count(layout.text(layout.protected))
+    return min(count(text) for text in _unit_texts(layout))
+
+
 def _nothing_fits(layout: Layout, budget: int, count: Count) -> BudgetError:
-    smallest = min(count(text) for text in _unit_texts(layout))
+    smallest = smallest_budget(layout, count)
     return BudgetError(
         f"a budget of {budget} tokens holds nothing of this prompt; the smallest that could is {smallest}",
         smallest=smallest,

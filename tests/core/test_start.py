@@ -32,6 +32,8 @@ from importlib.machinery import PathFinder
 allowed, names = json.loads(sys.stdin.read())
 
 class BaseOnly:
+    find_distributions = PathFinder.find_distributions
+
     @staticmethod
     def find_spec(name, path=None, target=None):
         top = name.partition(".")[0]
