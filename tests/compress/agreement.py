@@ -11,7 +11,7 @@ import reference
 from reference_pieces import Keep
 
 from terselm import CompressionSettings, Prompt, PromptCompressor
-from terselm.errors import BudgetError
+from terselm.errors import BudgetError, PromptError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,10 @@ def assert_agrees(lm: Any, case: Case, *, tolerance: float = 2e-3) -> Any:
         tolerance: between two surprisals, in nats: a cached pass rounds otherwise than a full one.
     """
     refusal: BudgetError | None = None
+    if not any([case.prompt.instruction, *case.prompt.demonstrations, case.prompt.question]):
+        with pytest.raises(PromptError):
+            run_compressor(lm, case)
+        return None
     try:
         answer = run_reference(lm, case)
     except BudgetError as error:
