@@ -37,7 +37,8 @@ class BaseOnly:
     @staticmethod
     def find_spec(name, path=None, target=None):
         top = name.partition(".")[0]
-        return PathFinder.find_spec(name, path, target) if top in allowed else None
+        stdlib = top.startswith("_sysconfigdata")  # its name differs from system to system
+        return PathFinder.find_spec(name, path, target) if stdlib or top in allowed else None
 
 sys.meta_path = [BaseOnly if finder is PathFinder else finder for finder in sys.meta_path]
 failed = {}
