@@ -34,13 +34,14 @@ class ScoreRequest:
     """What the model has to read next for one prompt.
 
     Attributes:
-        restart: forget all that was read; the prefix is BOS + append.
-        append: tokens that the prefix grows by.
+        restart: forget all that was read before.
+        prefix: all that stands before the segment, without BOS; read: how many of these tokens the model has read.
         segment: tokens to score after the prefix.
     """
 
     restart: bool
-    append: Ints
+    prefix: Ints
+    read: int
     segment: Ints
 
 
@@ -73,9 +74,9 @@ class IterativeCompression:
         self._spent = [0] * len(parts)
         self._next = 0
         self._last: int | None = None  # piece of the last kept unit
-        self._prefix: list[Ints] = []  # kept so far, without BOS
-        self._prefix_length = 0
-        self._pending: Ints = np.zeros(0, dtype=np.int64)
+        self._prefix: Ints = np.zeros(0, dtype=np.int64)  # kept so far, without BOS
+        self._read = 0  # tokens of the prefix that the model has read
+        self._restart = False
         self._scored: Mask = np.zeros(0, dtype=bool)
         size = len(layout)
         self.kept: Mask = np.zeros(size, dtype=bool)
@@ -99,22 +100,28 @@ class IterativeCompression:
         if self._next == len(self._segments):
             return None
         tokens, self._scored = self._join(self._segments[self._next].units)
-        append, self._pending = self._pending, self._pending[:0]
-        if 1 + self._prefix_length + len(tokens) <= self._window:
-            return ScoreRequest(restart=False, append=append, segment=tokens)
         room = self._window - 1 - len(tokens)
         if room < 0:
             raise ContextLengthError(
                 f"a segment of {len(tokens)} tokens does not fit into the model's window of {self._window}; "
                 "choose a smaller segment_size"
             )
-        prefix = np.concatenate(self._prefix)
-        prefix = prefix[len(prefix) - min(self._window // 2, room) :]
-        self._prefix, self._prefix_length = [prefix], len(prefix)
-        return ScoreRequest(restart=True, append=prefix, segment=tokens)
+        if len(self._prefix) > room:
+            self._prefix = self._prefix[len(self._prefix) - min(self._window // 2, room) :]
+            self._read = 0
+            self._restart = True
+        return ScoreRequest(restart=self._restart, prefix=self._prefix, read=self._read, segment=tokens)
 
-    def receive(self, surprisals: NDArray[np.float32]) -> None:
-        """Choose among the units of the segment just scored. ``surprisals``: one per token of the request, nats."""
+    def receive(self, surprisals: NDArray[np.float32], *, from_model: bool = True) -> None:
+        """Choose among the units of the segment just scored.
+
+        Args:
+            surprisals: one per token of the request, nats.
+            from_model: whether the model has read the request's prefix to answer it.
+        """
+        if from_model:
+            self._read = len(self._prefix)
+            self._restart = False
         segment = self._segments[self._next]
         units, cost = segment.units, self._layout.cost[segment.units]
         begins = np.cumsum(cost) - cost
@@ -147,9 +154,7 @@ class IterativeCompression:
 
     def _grow(self, units: Ints) -> None:
         if len(units):
-            self._pending, _ = self._join(units)
-            self._prefix.append(self._pending)
-            self._prefix_length += len(self._pending)
+            self._prefix = np.concatenate([self._prefix, self._join(units)[0]])
             self._last = int(self._layout.piece_of[units[-1]])
 
     def _join(self, units: Ints) -> tuple[Ints, Mask]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from terselm.compress.budget import BudgetController, BudgetPlan
+from terselm.compress.counter import Count
 from terselm.compress.itpc import Floats, IterativeCompression
 from terselm.compress.layout import Layout, Mask
 from terselm.compress.prompt import Part
@@ -21,11 +22,20 @@ class Job:
 
     layout: Layout
     controller: BudgetController
-    original: int
-    budget: int
-    coarse: dict[int, Floats32]  # surprisals of a demonstration by itself, by number of the piece
-    plan: BudgetPlan | None = None
+    count: Count
+    original: int  # tokens, as the caller counts them
+    budget: int  # likewise
+    coarse: dict[int, Floats32] = field(default_factory=dict)  # of a demonstration by itself, by number of the piece
+    plan: BudgetPlan | None = None  # None: the prompt fits as it is
     stage: IterativeCompression | None = None
+    tokens_read: int = 0
+    tokens_cached: int = 0
+
+    @property
+    def iteration(self) -> IterativeCompression:
+        """Stage 2, once it has begun."""
+        assert self.stage is not None
+        return self.stage
 
     @cached_property
     def demonstrations(self) -> list[int]:

@@ -58,6 +58,8 @@ class CompressionResult:
         original_tokens, compressed_tokens: as the caller counts them.
         budget: the budget, as the caller counts it; compressed_tokens never exceeds it.
         selected: the demonstrations that survived Stage 1.
+        tokens_read: tokens that the small LM read for this prompt.
+        tokens_cached: tokens whose surprisals were known from earlier prompts.
     """
 
     text: str
@@ -65,6 +67,8 @@ class CompressionResult:
     compressed_tokens: int
     budget: int
     selected: tuple[int, ...]
+    tokens_read: int
+    tokens_cached: int
     _decide: Callable[[], tuple[TokenDecision, ...]] = field(repr=False, compare=False)
 
     @property
@@ -86,6 +90,8 @@ class CompressionResult:
             "budget": self.budget,
             "ratio": round(self.ratio, 4),
             "selected": list(self.selected),
+            "tokens_read": self.tokens_read,
+            "tokens_cached": self.tokens_cached,
         }
         if tokens:
             values["tokens"] = [vars(decision) for decision in self.tokens]

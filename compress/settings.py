@@ -28,6 +28,7 @@ class CompressionSettings:
         segment_size: tokens that are scored before the first of them are dropped, ≥ 1.
         separator: what joins instruction, demonstrations and question; may be empty.
         unit: the smallest thing that is kept or dropped.
+        cache_bytes: memory for surprisals of earlier prompts, so that repeated demonstrations are not read again.
 
     Raises:
         ConfigError: a value out of its range.
@@ -41,6 +42,7 @@ class CompressionSettings:
     segment_size: int = 100
     separator: str = "\n\n"
     unit: UnitKind = UnitKind.TOKEN
+    cache_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.k) and self.k > 0):
@@ -50,6 +52,8 @@ class CompressionSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a fraction in (0, 1]")
         if self.segment_size < 1:
             raise ConfigError(f"segment_size is {self.segment_size}; expected at least 1 token")
+        if self.cache_bytes < 0:
+            raise ConfigError(f"cache_bytes is {self.cache_bytes}; expected a number of bytes, 0 for no cache")
         try:
             object.__setattr__(self, "unit", UnitKind(self.unit))
         except ValueError:

@@ -206,10 +206,11 @@ class Session:
             if len(self._slots) == 1:
                 self._cache = SlotCache()
                 self._slots = self._slots[:, :0]
+        append = request.prefix[request.read :]
         if self._length[row] == 0:
-            return np.concatenate([[self._engine.start_id], request.append])
-        if len(request.append):
-            return request.append
+            return np.concatenate([[self._engine.start_id], append])
+        if len(append):
+            return append
         self._slots[row, self._last_slot[row]] = -1  # read the last token again
         self._length[row] -= 1
         return self._last_id[row : row + 1].copy()

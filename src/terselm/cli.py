@@ -78,11 +78,11 @@ def compress(
     protected = _keep(keep or [], keep_regex or [], keep_preset or [])
     from terselm.compress.prompt import Prompt
     from terselm.compress.settings import CompressionSettings
-    from terselm.compress.target import check_target
+    from terselm.compress.target import Target
     from terselm.config import load_config
 
     asked = Prompt(**parts)
-    check_target(budget, rate)
+    Target(budget=budget, rate=rate)
     settings = load_config(CompressionSettings, config)
     from terselm.compress.compressor import PromptCompressor
 

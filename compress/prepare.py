@@ -1,0 +1,121 @@
+"""From a prompt to a job: tokenise, cut into units, count, set up the budget controller."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from terselm.compress.budget import BudgetController
+from terselm.compress.counter import Count, tokenizer_counter
+from terselm.compress.job import Job
+from terselm.compress.layout import Layout, build_layout
+from terselm.compress.prompt import Part, Prompt
+from terselm.compress.settings import CompressionSettings, UnitKind
+from terselm.compress.target import Target
+from terselm.compress.units import Units, cut_units, merge_words
+from terselm.errors import PromptError
+from terselm.models import CausalLM
+
+
+class Preparer:
+    """Prepares prompts for one small LM under one set of settings."""
+
+    def __init__(self, lm: CausalLM, settings: CompressionSettings) -> None:
+        self._tokenizer = lm.tokenizer
+        self._settings = settings
+        self._count = tokenizer_counter(lm.tokenizer)
+        self._separator_ids: list[int] = self._tokenize([settings.separator])[0].ids.tolist()
+        rates = {Part.INSTRUCTION: settings.instruction_rate, Part.QUESTION: settings.question_rate}
+        self._protected_parts = [part for part, rate in rates.items() if rate == 1]
+
+    def prepare(
+        self,
+        prompts: Sequence[Prompt],
+        targets: Sequence[Target],
+        patterns: Sequence[re.Pattern[str]],
+        counter: Count | None,
+    ) -> list[Job]:
+        """One job a prompt; each distinct text is tokenised once.
+
+        Args:
+            counter: the caller's; the small LM's if None.
+
+        Raises:
+            PromptError: a prompt is empty.
+            BudgetError: a rate that leaves nothing.
+        """
+        units = self._cut([piece.text for prompt in prompts for piece in prompt.pieces()])
+        return [
+            self._job(prompt, units, target, patterns, counter) for prompt, target in zip(prompts, targets, strict=True)
+        ]
+
+    def _job(
+        self,
+        prompt: Prompt,
+        units: dict[str, Units],
+        target: Target,
+        patterns: Sequence[re.Pattern[str]],
+        counter: Count | None,
+    ) -> Job:
+        pieces = prompt.pieces()
+        layout = build_layout(
+            pieces,
+            [units[piece.text] for piece in pieces],
+            patterns=patterns,
+            protected_parts=self._protected_parts,
+            separator=self._settings.separator,
+            separator_ids=self._separator_ids,
+        )
+        if not len(layout):
+            raise PromptError("the prompt is empty; give an instruction, demonstrations or a question")
+        count = counter or self._count
+        original = count(layout.text(np.ones(len(layout), dtype=bool)))
+        budget = target.tokens(original, layout, count)
+        small = budget if counter is None else budget * layout.total_tokens // max(1, original)
+        return Job(
+            layout=layout,
+            controller=self._controller(layout, small),
+            count=count,
+            original=original,
+            budget=budget,
+        )
+
+    def _controller(self, layout: Layout, budget: int) -> BudgetController:
+        numbers = {part: layout.numbers(part) for part in Part}
+        always = {*numbers[Part.INSTRUCTION], *numbers[Part.QUESTION]}
+        always |= {n for n in numbers[Part.DEMONSTRATION] if layout.holds_protected(n)}
+
+        def separators(selected: Collection[int]) -> int:
+            pieces = always | {numbers[Part.DEMONSTRATION][i] for i in selected}
+            return len(layout.separator_ids) * max(0, len(pieces) - 1)
+
+        return BudgetController(
+            budget=budget - int(layout.cost[layout.protected].sum()),
+            instruction=sum(map(layout.free_tokens, numbers[Part.INSTRUCTION])),
+            question=sum(map(layout.free_tokens, numbers[Part.QUESTION])),
+            demonstrations=[layout.free_tokens(n) for n in numbers[Part.DEMONSTRATION]],
+            separators=separators,
+            k=self._settings.k,
+            instruction_rate=self._settings.instruction_rate,
+            question_rate=self._settings.question_rate,
+        )
+
+    def _cut(self, texts: Sequence[str]) -> dict[str, Units]:
+        distinct = list(dict.fromkeys(texts))
+        cut = self._tokenize(distinct)
+        if self._settings.unit is UnitKind.WORD:
+            cut = [merge_words(units, text) for units, text in zip(cut, distinct, strict=True)]
+        return dict(zip(distinct, cut, strict=True))
+
+    def _tokenize(self, texts: Sequence[str]) -> list[Units]:
+        if not texts:
+            return []
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
+        return [
+            cut_units(ids, offsets, text)
+            for ids, offsets, text in zip(encoded["input_ids"], encoded["offset_mapping"], texts, strict=True)
+        ]
