@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_training import example, make_model, surprisals
 
+from terselm.train.attention import PACKED_ATTENTION
 from terselm.train.packing import IGNORED, collate, pack
 from terselm.train.scoring import score_instead_of_logits
 
@@ -56,9 +58,11 @@ def test_labels_are_the_next_counted_tokens_of_the_same_example() -> None:
     assert batch["tokens"].tolist() == [8, 4]
 
 
-def test_packed_equals_alone(tokenizer: Any) -> None:
+@pytest.mark.parametrize("attention", [PACKED_ATTENTION, "sdpa"])
+def test_packed_equals_alone(tokenizer: Any, attention: str) -> None:
     lm = make_model(len(tokenizer))
     score_instead_of_logits(lm, autocast=None)
+    lm.set_attn_implementation(attention)
     rows = [[example(20, 1), example(7, 2), example(30, 3)], [example(11, 4), example(25, 5)]]
     with torch.inference_mode():
         packed = surprisals(lm, collate(rows, pad_id=0))
