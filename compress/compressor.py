@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from terselm.compress.budget import BudgetPlan
-from terselm.compress.counter import Count
+from terselm.compress.counter import Count, resolve_counter
 from terselm.compress.fit import fit_budget
 from terselm.compress.itpc import IterativeCompression
 from terselm.compress.job import Job, decide
@@ -60,7 +60,7 @@ class PromptCompressor:
         budget: int | None = None,
         rate: float | None = None,
         keep: Sequence[Keep] = (),
-        counter: Count | None = None,
+        counter: Count | str | None = None,
     ) -> CompressionResult:
         """Compress one prompt; see `compress_batch`."""
         prompt = Prompt(instruction=instruction, demonstrations=demonstrations, question=question)
@@ -73,7 +73,7 @@ class PromptCompressor:
         budget: int | None = None,
         rate: float | None = None,
         keep: Sequence[Keep] = (),
-        counter: Count | None = None,
+        counter: Count | str | None = None,
     ) -> CompressionResult:
         """Compress a text that has no parts: it is treated as one demonstration."""
         return self.compress(demonstrations=[text], budget=budget, rate=rate, keep=keep, counter=counter)
@@ -85,7 +85,7 @@ class PromptCompressor:
         budget: int | Sequence[int] | None = None,
         rate: float | Sequence[float] | None = None,
         keep: Sequence[Keep] = (),
-        counter: Count | None = None,
+        counter: Count | str | None = None,
     ) -> list[CompressionResult]:
         """Compress many prompts together.
 
@@ -93,7 +93,8 @@ class PromptCompressor:
             budget: tokens allowed, as ``counter`` counts them; one number for all prompts or one for each.
             rate: instead, the fraction of each prompt's tokens to keep, in (0, 1].
             keep: what must survive: literal strings, compiled regular expressions, `Preset`.
-            counter: tokens of a text as the caller counts them; by default the small LM's.
+            counter: tokens of a text as the caller counts them: a name (``cl100k_base``, ``gpt-4o``, what
+                `load_tokenizer` takes) or a callable; by default the small LM's.
 
         Raises:
             PromptError: a prompt is empty.
@@ -102,7 +103,7 @@ class PromptCompressor:
             ContextLengthError: a segment that does not fit into the model's window.
         """
         each = targets(len(prompts), budget, rate)
-        jobs = self._preparer.prepare(prompts, each, compile_keep(keep), counter)
+        jobs = self._preparer.prepare(prompts, each, compile_keep(keep), resolve_counter(counter))
         active = [job for job in jobs if job.original > job.budget]
         self._reader.read_demonstrations([job for job in active if job.controller.needs_perplexity])
         for job in active:

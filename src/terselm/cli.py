@@ -64,6 +64,9 @@ def compress(
     question: Annotated[Path | None, typer.Option(help="File with the question; '-' is standard input.")] = None,
     budget: Annotated[int | None, typer.Option(help="Tokens allowed.")] = None,
     rate: Annotated[float | None, typer.Option(help="Fraction of the tokens to keep, in (0, 1].")] = None,
+    counter: Annotated[
+        str | None, typer.Option(help="Tokenizer that the budget is counted in: cl100k_base, gpt-4o, a model name.")
+    ] = None,
     model: Annotated[str, typer.Option(help=f"The small LM. {_MODEL_HELP}")] = "smollm2-135m",
     config: Annotated[Path | None, typer.Option(help="YAML file with compression settings.")] = None,
     keep: Annotated[list[str] | None, typer.Option(help="Literal text that must survive; may be repeated.")] = None,
@@ -88,7 +91,7 @@ def compress(
 
     _quieten_transformers()
     compressor = PromptCompressor.from_pretrained(model, device=device, settings=settings)
-    result = compressor.compress_batch([asked], budget=budget, rate=rate, keep=protected)[0]
+    result = compressor.compress_batch([asked], budget=budget, rate=rate, keep=protected, counter=counter)[0]
     print(json.dumps(result.to_dict(tokens=tokens), ensure_ascii=False, indent=2) if as_json else result.text)
 
 

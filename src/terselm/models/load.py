@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def pick_device(device: str) -> Any:
 
 
 def resolve(name: str | Path) -> Path | str:
-    """A local path for an alias, a folder or a GGUF file; a hub id as it is.
+    """A local path for an alias, a folder or a GGUF file; a hub id as it is, or its download while the hub is away.
 
     Raises:
         ModelError: a path that does not exist; an alias whose package is missing.
@@ -123,7 +124,7 @@ def resolve(name: str | Path) -> Path | str:
         raise ModelError(f"no model at {text}; expected a folder with config.json, a run folder or an adapter")
     if not text.strip():
         raise ModelError("the model name is empty; expected an alias, a folder or a hub id")
-    return text
+    return text if _hub_answers() else _downloaded(text)
 
 
 def adapter_folder(source: Path | str) -> Path | None:
@@ -187,6 +188,28 @@ def _merge(base: Any, adapter: Path) -> Any:
         return PeftModel.from_pretrained(base, adapter, use_safetensors=True).merge_and_unload()
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"adapter {adapter} does not fit its base model: {_first_line(error)}") from None
+
+
+@cache
+def _hub_answers() -> bool:
+    """Whether the hub can be reached at all: to find that out by asking it for files takes its client minutes."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # of whichever HTTP library the hub's client is built on
+        return False
+    return True
+
+
+def _downloaded(hub_id: str) -> Path:
+    """The folder of a hub model that was downloaded before."""
+    from huggingface_hub import snapshot_download
+
+    with _clear_errors(hub_id):
+        return Path(snapshot_download(hub_id, local_files_only=True))
 
 
 @contextmanager
