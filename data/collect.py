@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from terselm.data.faults import Fault
 from terselm.data.formats import Format, Reader
 from terselm.data.generate import Limits, Query, encode, generate
 from terselm.data.instructions import Instruction
-from terselm.data.journal import Journal
+from terselm.data.journal import Journal, locked
 from terselm.data.jsonl import Json
 from terselm.data.judge import judge
 from terselm.data.records import read_records, write_records
@@ -82,7 +81,7 @@ def collect_local(
         TargetLLMError: no answer was fit to keep.
     """
     requests = plan_requests(instructions, settings)
-    with _locked(out):
+    with locked(out):
         remove_partials(out)
         state = _State(done=_finished(out, {request.id for request in requests}))
         with Journal(out.with_name(out.name + ".journal")) as journal:
@@ -207,20 +206,3 @@ def _summary(requests: Sequence[Request], state: _State, reused: int) -> Collect
         prompt_tokens=sum(generation.usage.prompt_tokens for generation in made),
         completion_tokens=sum(generation.usage.completion_tokens for generation in made),
     )
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = out.with_name(f".{out.name}.lock")
-    try:
-        with FileLock(lock, timeout=0):
-            try:
-                yield
-            finally:
-                with suppress(OSError):  # Windows keeps an open file
-                    lock.unlink()
-    except Timeout:
-        raise ConfigError(f"another process is writing {out}; wait for it, or name another file") from None

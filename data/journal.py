@@ -3,23 +3,47 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 from terselm.data.jsonl import Json, dump_object, parse_object
+from terselm.errors import ConfigError
+
+
+class JournalReader:
+    """Follows a journal, which another process may be writing.
+
+    A write that was cut off, or is under way, has no line end; what it holds is not committed and is passed over.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lines = 0
+        self._end = 0  # bytes that were read
+
+    def new(self) -> Iterator[tuple[int, Json]]:
+        """Yield (offset in bytes, entry) of each line that was committed since the last call.
+
+        Raises:
+            DataFormatError: a committed line is broken.
+        """
+        with self.path.open("rb") as file:
+            file.seek(self._end)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._lines += 1
+                entry = parse_object(self.path, self._lines, line)
+                self._end += len(line)
+                yield self._end - len(line), entry
 
 
 class Journal:
     """JSON objects, one a line, committed to disk in groups.
 
-    Only for one writer at a time; the caller holds a lock.
-
-    Attributes:
-        entries: what the file held when it was opened.
-
-    Raises:
-        DataFormatError: a line other than a torn last one is broken.
+    Only for one writer at a time; the caller holds a lock. A torn last line is removed on opening.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,14 +52,19 @@ class Journal:
         self._file = path.open("a+b")
         try:
             self._file.seek(0)
-            lines = self._file.read().split(b"\n")
-            # A write that was cut off has no line end; what it held was never committed.
-            if lines[-1]:
-                self._file.truncate(self._file.tell() - len(lines[-1]))
-            self.entries = [parse_object(path, number, line) for number, line in enumerate(lines[:-1], start=1)]
+            self._file.truncate(sum(len(line) for line in self._file if line.endswith(b"\n")))
         except BaseException:
             self._file.close()
             raise
+
+    @property
+    def entries(self) -> list[Json]:
+        """What is committed.
+
+        Raises:
+            DataFormatError: a committed line is broken.
+        """
+        return [entry for _, entry in JournalReader(self.path).new()]
 
     def append(self, entries: Iterable[Json]) -> None:
         """Write entries and flush them to disk."""
@@ -55,3 +84,25 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Be the one process that writes ``path``, which need not exist.
+
+    Raises:
+        ConfigError: another process is writing it.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        with FileLock(lock, timeout=0):
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # Windows keeps an open file
+                    lock.unlink()
+    except Timeout:
+        raise ConfigError(f"another process is writing {path}; wait for it, or name another file") from None
