@@ -36,6 +36,7 @@ class BudgetController:
         demonstrations: free tokens of each demonstration.
         separators: tokens of the separators between the parts that take part, for a set of selected demonstrations.
         k, instruction_rate, question_rate: see `CompressionSettings`.
+        select_all: every demonstration takes part (an ablation).
     """
 
     budget: int
@@ -46,6 +47,7 @@ class BudgetController:
     k: float
     instruction_rate: float
     question_rate: float
+    select_all: bool = False
 
     @cached_property
     def _need(self) -> float:
@@ -70,7 +72,7 @@ class BudgetController:
     @property
     def needs_perplexity(self) -> bool:
         """False where the selection is the same for any order of the demonstrations."""
-        if self._rate == 0 or len(self._eligible) < 2:
+        if self.select_all or self._rate == 0 or len(self._eligible) < 2:
             return False
         all_fit = self.k * self._rate * self._total >= self._total
         return not (all_fit and self._room(self._eligible) - self._need >= len(self._eligible))
@@ -93,6 +95,8 @@ class BudgetController:
         )
 
     def _select(self, perplexities: Sequence[float]) -> list[int]:
+        if self.select_all:
+            return self._eligible
         if self._rate == 0:
             return []
         limit = self.k * self._rate * self._total

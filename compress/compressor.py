@@ -18,7 +18,7 @@ from terselm.compress.prompt import Part, Prompt
 from terselm.compress.protect import Keep, compile_keep
 from terselm.compress.reader import Reader
 from terselm.compress.result import CompressionResult
-from terselm.compress.settings import CompressionSettings
+from terselm.compress.settings import CompressionSettings, Selection
 from terselm.compress.surprisal import SurprisalEngine
 from terselm.compress.target import targets
 from terselm.compress.units import Ints
@@ -105,12 +105,23 @@ class PromptCompressor:
         each = targets(len(prompts), budget, rate)
         jobs = self._preparer.prepare(prompts, each, compile_keep(keep), resolve_counter(counter))
         active = [job for job in jobs if job.original > job.budget]
-        self._reader.read_demonstrations([job for job in active if job.controller.needs_perplexity])
+        self._rank_demonstrations(active)
         for job in active:
             job.plan = job.controller.plan(job.perplexities())
             job.stage = self._stage_two(job, job.plan)
-        self._reader.run_stage_two(active)
+        if self.settings.ablations.random_tokens:
+            for job in active:
+                _keep_at_random(job)
+        else:
+            self._reader.run_stage_two(active)
         return [self._finish(job) for job in jobs]
+
+    def _rank_demonstrations(self, jobs: Sequence[Job]) -> None:
+        if self.settings.ablations.selection is Selection.RANDOM:
+            for job in jobs:
+                job.ranks = job.random.random(len(job.demonstrations)).tolist()
+        else:
+            self._reader.read_demonstrations([job for job in jobs if job.controller.needs_perplexity])
 
     def _stage_two(self, job: Job, plan: BudgetPlan) -> IterativeCompression:
         layout = job.layout
@@ -127,7 +138,14 @@ class PromptCompressor:
                 taking = taking[np.isin(layout.piece_of[taking], list(whole)) | layout.protected[taking]]
             parts.append(taking)
         budgets = [plan.instruction, plan.demonstrations, plan.question]
-        return IterativeCompression(layout, parts, budgets, self.settings.segment_size, self.lm.window)
+        return IterativeCompression(
+            layout,
+            parts,
+            budgets,
+            segment_size=self.settings.segment_size,
+            window=self.lm.window,
+            one_pass=self.settings.ablations.one_pass,
+        )
 
     def _finish(self, job: Job) -> CompressionResult:
         if job.plan is None:
@@ -152,7 +170,7 @@ class PromptCompressor:
     def _spare(self, job: Job, plan: BudgetPlan) -> Ints:
         """The free units of the demonstrations that were not selected, in descending order of perplexity."""
         left = [i for i in range(len(job.demonstrations)) if i not in set(plan.selected)]
-        if left and not job.coarse:
+        if left and not job.coarse and job.ranks is None:
             self._reader.read_demonstrations([job])
         perplexities = job.perplexities()
         left.sort(key=lambda i: (-perplexities[i], i))
@@ -161,3 +179,10 @@ class PromptCompressor:
         flat = np.concatenate([np.zeros(0, dtype=np.int64), *units])
         free: Ints = flat[~job.layout.protected[flat]]
         return free
+
+
+def _keep_at_random(job: Job) -> None:
+    """Stage 2 with chance in the place of surprisal."""
+    while (request := job.iteration.request()) is not None:
+        job.iteration.receive(job.random.random(len(request.segment), dtype=np.float32), from_model=False)
+    job.iteration.surprisal[:] = np.nan

@@ -54,15 +54,26 @@ class IterativeCompression:
     Args:
         parts: the units that take part, by part (instruction, demonstrations, question), in source order.
         budgets: free tokens to keep in each part.
+        segment_size: tokens in a segment.
         window: the model's window, tokens.
+        one_pass: drop nothing before a part has been scored to its end (an ablation).
     """
 
     def __init__(
-        self, layout: Layout, parts: Sequence[Ints], budgets: Sequence[int], segment_size: int, window: int
+        self,
+        layout: Layout,
+        parts: Sequence[Ints],
+        budgets: Sequence[int],
+        *,
+        segment_size: int,
+        window: int,
+        one_pass: bool = False,
     ) -> None:
         self._layout = layout
+        self._parts = parts
         self._budgets = budgets
         self._window = window
+        self._one_pass = one_pass
         self._segments = [
             Segment(units=units, part=number)
             for number, part in enumerate(parts)
@@ -123,22 +134,30 @@ class IterativeCompression:
             self._read = len(self._prefix)
             self._restart = False
         segment = self._segments[self._next]
-        units, cost = segment.units, self._layout.cost[segment.units]
-        begins = np.cumsum(cost) - cost
-        surprisal = np.add.reduceat(surprisals[self._scored].astype(np.float64), begins)
-        score = surprisal / cost
+        cost = self._layout.cost[segment.units]
+        self.surprisal[segment.units] = np.add.reduceat(
+            surprisals[self._scored].astype(np.float64), np.cumsum(cost) - cost
+        )
+        self.segment_of[segment.units] = self._next
+        self._next += 1
+        if not self._one_pass:
+            self._settle(segment.part, segment.units)
+            self._grow(segment.units[self.kept[segment.units]])
+            return
+        self._grow(segment.units)
+        if self._next == len(self._segments) or self._segments[self._next].part != segment.part:
+            self._settle(segment.part, self._parts[segment.part])
+
+    def _settle(self, part: int, units: Ints) -> None:
+        """Choose among neighbouring units that have been scored."""
+        score = self.surprisal[units] / self._layout.cost[units]
         free = np.flatnonzero(~self._layout.protected[units])
-        chosen = free[self._choose(segment.part, score[free], cost[free])]
-        kept = self._layout.protected[units].copy()
-        kept[chosen] = True
+        chosen = free[self._choose(part, score[free], self._layout.cost[units[free]])]
+        self.kept[units] = self._layout.protected[units]
+        self.kept[units[chosen]] = True
         if len(free):
             threshold = score[chosen].min() if len(chosen) else score[free].max()
             self.margin[units[free]] = score[free] - threshold
-        self.kept[units] = kept
-        self.surprisal[units] = surprisal
-        self.segment_of[units] = self._next
-        self._grow(units[kept])
-        self._next += 1
 
     def _choose(self, part: int, score: Floats, cost: Ints) -> Ints:
         """Indices of the most surprising units that fit into n_j tokens (ties: the earlier first)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import blake2b
 
 import numpy as np
 
@@ -28,6 +29,7 @@ class Job:
     coarse: dict[int, Floats32] = field(default_factory=dict)  # of a demonstration by itself, by number of the piece
     plan: BudgetPlan | None = None  # None: the prompt fits as it is
     stage: IterativeCompression | None = None
+    ranks: list[float] | None = None  # of the demonstrations, instead of their perplexities
     tokens_read: int = 0
     tokens_cached: int = 0
 
@@ -41,8 +43,15 @@ class Job:
     def demonstrations(self) -> list[int]:
         return self.layout.numbers(Part.DEMONSTRATION)
 
+    @cached_property
+    def random(self) -> np.random.Generator:
+        """Chance that is the same whenever the same prompt comes."""
+        return np.random.default_rng(list(blake2b(self.layout.ids.tobytes(), digest_size=16).digest()))
+
     def perplexities(self) -> list[float]:
         """One a demonstration; 0 where it was not read."""
+        if self.ranks is not None:
+            return self.ranks
         means = [
             float(self.coarse[n].mean(dtype=np.float64)) if n in self.coarse else -np.inf for n in self.demonstrations
         ]

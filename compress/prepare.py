@@ -12,7 +12,7 @@ from terselm.compress.counter import Count, tokenizer_counter
 from terselm.compress.job import Job
 from terselm.compress.layout import Layout, build_layout
 from terselm.compress.prompt import Part, Prompt
-from terselm.compress.settings import CompressionSettings, UnitKind
+from terselm.compress.settings import CompressionSettings, Selection, UnitKind
 from terselm.compress.target import Target
 from terselm.compress.units import Units, cut_units, merge_words
 from terselm.errors import PromptError
@@ -91,15 +91,23 @@ class Preparer:
             pieces = always | {numbers[Part.DEMONSTRATION][i] for i in selected}
             return len(layout.separator_ids) * max(0, len(pieces) - 1)
 
+        settings = self._settings
+        free_budget = budget - int(layout.cost[layout.protected].sum())
+        free = {part: [layout.free_tokens(n) for n in numbers[part]] for part in Part}
+        rates = settings.instruction_rate, settings.question_rate
+        if settings.ablations.uniform_rates:
+            total = sum(map(sum, free.values()))
+            rates = (min(1.0, max(0.0, free_budget / total)) if total else 1.0,) * 2
         return BudgetController(
-            budget=budget - int(layout.cost[layout.protected].sum()),
-            instruction=sum(map(layout.free_tokens, numbers[Part.INSTRUCTION])),
-            question=sum(map(layout.free_tokens, numbers[Part.QUESTION])),
-            demonstrations=[layout.free_tokens(n) for n in numbers[Part.DEMONSTRATION]],
+            budget=free_budget,
+            instruction=sum(free[Part.INSTRUCTION]),
+            question=sum(free[Part.QUESTION]),
+            demonstrations=free[Part.DEMONSTRATION],
             separators=separators,
-            k=self._settings.k,
-            instruction_rate=self._settings.instruction_rate,
-            question_rate=self._settings.question_rate,
+            k=settings.k,
+            instruction_rate=rates[0],
+            question_rate=rates[1],
+            select_all=settings.ablations.selection is Selection.ALL,
         )
 
     def _cut(self, texts: Sequence[str]) -> dict[str, Units]:

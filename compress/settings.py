@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from terselm.errors import ConfigError
@@ -14,6 +14,41 @@ class UnitKind(StrEnum):
 
     TOKEN = "token"
     WORD = "word"
+
+
+class Selection(StrEnum):
+    """Which demonstrations Stage 1 lets through."""
+
+    PERPLEXITY = "perplexity"  # the most surprising, as the paper has it
+    RANDOM = "random"  # as many, in random order
+    ALL = "all"  # every one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablations:
+    """Parts of the algorithm taken out, to measure what they bring; not for use.
+
+    Attributes:
+        selection: how demonstrations are selected.
+        uniform_rates: instruction, demonstrations and question are all compressed at the same rate; with selection
+            ``all`` the budget controller is gone.
+        one_pass: tokens are scored given the whole text before them, none of it dropped, and each part is thinned at
+            once rather than segment by segment.
+        random_tokens: tokens are kept at random instead of by surprisal; the same prompt gives the same choice.
+
+    Raises:
+        ConfigError: an unknown selection.
+
+    Source: Table 3 of arXiv:2310.05736 (all but random demonstrations).
+    """
+
+    selection: Selection = Selection.PERPLEXITY
+    uniform_rates: bool = False
+    one_pass: bool = False
+    random_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        _to_enum(self, "selection", Selection)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +64,7 @@ class CompressionSettings:
         separator: what joins instruction, demonstrations and question; may be empty.
         unit: the smallest thing that is kept or dropped.
         cache_bytes: memory for surprisals of earlier prompts, so that repeated demonstrations are not read again.
+        ablations: parts of the algorithm taken out.
 
     Raises:
         ConfigError: a value out of its range.
@@ -43,6 +79,7 @@ class CompressionSettings:
     separator: str = "\n\n"
     unit: UnitKind = UnitKind.TOKEN
     cache_bytes: int = 64 << 20
+    ablations: Ablations = field(default_factory=Ablations)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.k) and self.k > 0):
@@ -54,7 +91,13 @@ class CompressionSettings:
             raise ConfigError(f"segment_size is {self.segment_size}; expected at least 1 token")
         if self.cache_bytes < 0:
             raise ConfigError(f"cache_bytes is {self.cache_bytes}; expected a number of bytes, 0 for no cache")
-        try:
-            object.__setattr__(self, "unit", UnitKind(self.unit))
-        except ValueError:
-            raise ConfigError(f"unit is {self.unit!r}; expected one of {', '.join(UnitKind)}") from None
+        _to_enum(self, "unit", UnitKind)
+
+
+def _to_enum(config: object, name: str, kind: type[StrEnum]) -> None:
+    """Turn a plain string in a frozen dataclass into its enum."""
+    value = getattr(config, name)
+    try:
+        object.__setattr__(config, name, kind(value))
+    except ValueError:
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(kind)}") from None
