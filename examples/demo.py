@@ -98,11 +98,14 @@ def is_published() -> bool:
 
 
 def print_summary(metrics: dict[str, Any], result: dict[str, Any], seconds: dict[str, float]) -> None:
-    before, after, change = (metrics[name]["bits_per_byte"] for name in ("before", "after", "change"))
+    held_out = metrics["held_out"]
+    before, after = (held_out[name]["bits_per_byte"] for name in ("before", "after"))
+    change = held_out["difference"]["bits_per_byte"]
+    low, high = held_out["difference"]["bits_per_byte_interval"]
     rows = [
-        ("held-out bits per byte, before", f"{before['mean']:.4f}"),
-        ("held-out bits per byte, after", f"{after['mean']:.4f}"),
-        ("change, 95% interval", f"{change['mean']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]"),
+        ("held-out bits per byte, before", f"{before:.4f}"),
+        ("held-out bits per byte, after", f"{after:.4f}"),
+        ("change, 95% interval", f"{change:+.4f} [{low:+.4f}, {high:+.4f}]"),
         ("prompt tokens, before", f"{result['original_tokens']}"),
         (
             "prompt tokens, after",
