@@ -1,0 +1,145 @@
+"""The command line: results on standard output, one sentence and status 2 for a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import bytes_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+TEXT = "Sam had 12 apples and gave 5 of them away. How many apples does he have left now? 🍎 十二\r\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = bytes_tokenizer(bos=True, trim=False)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.4,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def terselm(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-c", "from terselm.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(
+        command, input=stdin.encode(), capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=120
+    )
+
+
+def compress(model: Path, *arguments: object, stdin: str = TEXT) -> str:
+    done = terselm("compress", "--model", model, "--device", "cpu", *arguments, stdin=stdin)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+def mistake(*arguments: object, stdin: str = TEXT) -> str:
+    """The one sentence on standard error."""
+    done = terselm(*arguments, stdin=stdin)
+    message = done.stderr.decode()
+    assert (done.returncode, done.stdout) == (2, b""), message
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    return message
+
+
+def test_text_from_standard_input(model: Path) -> None:
+    assert compress(model, "--rate", 1.0) == TEXT + "\n"
+    result = json.loads(compress(model, "--rate", 0.5, "--json", "--tokens"))
+    assert result["compressed_tokens"] <= result["budget"] < result["original_tokens"]
+    assert "".join(token["text"] for token in result["tokens"] if token["kept"]) == result["text"]
+    assert "".join(token["text"] for token in result["tokens"]) == TEXT
+
+
+def test_parts_from_files(model: Path, tmp_path: Path) -> None:
+    parts = {"instruction": "Answer briefly.", "demonstrations": [TEXT, "A second one."], "question": "How many?"}
+    for name in ("instruction", "question"):
+        (tmp_path / name).write_text(str(parts[name]))
+    files = [tmp_path / "first", tmp_path / "second"]
+    for file, text in zip(files, parts["demonstrations"], strict=True):
+        file.write_bytes(text.encode())
+    (tmp_path / "prompt.json").write_text(json.dumps(parts))
+    by_file = compress(
+        model,
+        *("--instruction", tmp_path / "instruction", "--question", tmp_path / "question", "--budget", 30),
+        *(part for file in files for part in ("--demonstration", file)),
+    )
+    assert by_file == compress(model, "--prompt", tmp_path / "prompt.json", "--budget", 30)
+
+
+def test_protected_text_and_settings(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("segment_size: 10\nunit: word\n")
+    text = compress(
+        model, "--budget", 12, "--keep", "apples", "--keep-preset", "numbers", "--config", tmp_path / "settings.yaml"
+    )
+    assert text.count("apples") == 2
+    assert "12" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--budget", "0"], "the budget is 0"),
+        (["--budget", "-3"], "the budget is -3"),
+        (["--rate", "1.5"], "the rate is 1.5"),
+        (["--budget", "9", "--rate", "0.5"], "both a budget and a rate"),
+        ([], "neither a budget nor a rate"),
+        (["--budget", "9", "--model", "no-such-model"], "no model 'no-such-model'"),
+        (["--budget", "9", "--keep-regex", "("], "not a regular expression"),
+        (["--budget", "9", "--keep-preset", "names"], "unknown preset 'names'"),
+        (["--budget", "9", "--config", "no.yaml"], "no.yaml"),
+        (["--budget", "9", "no-such-file.txt"], "cannot read no-such-file.txt"),
+        (["--budget", "9", "--prompt", "p.json", "text.txt"], "not several of these"),
+    ],
+)
+def test_mistakes(arguments: list[str], expected: str) -> None:
+    assert expected in mistake("compress", *arguments)
+
+
+def test_an_empty_prompt() -> None:
+    assert "the prompt is empty" in mistake("compress", "--budget", 9, stdin="")
+
+
+def test_a_budget_below_what_is_protected(model: Path) -> None:
+    message = mistake("compress", "--model", model, "--device", "cpu", "--budget", 1, "--keep-preset", "numbers")
+    smallest = int(message.split("raise the budget to ")[1].split()[0])
+    assert compress(model, "--budget", smallest, "--keep-preset", "numbers")
+
+
+def test_broken_files(tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.json"
+    prompt.write_text('{"question": "a",\n "instruction" }')
+    assert f"{prompt}:2: broken JSON" in mistake("compress", "--budget", 9, "--prompt", prompt)
+    prompt.write_text('{"context": "a"}')
+    assert "instruction, demonstrations, question" in mistake("compress", "--budget", 9, "--prompt", prompt)
+    prompt.write_bytes(b"\xff\xfe")
+    assert "not UTF-8" in mistake("compress", "--budget", 9, "--prompt", prompt)
+    (tmp_path / "settings.yaml").write_text("segmentsize: 10\n")
+    assert "did you mean segment_size" in mistake("compress", "--budget", 9, "--config", tmp_path / "settings.yaml")
+
+
+def test_publishing_what_is_not_there(tmp_path: Path, model: Path) -> None:
+    assert "not-there" in mistake("publish", tmp_path / "not-there", "--to", tmp_path / "out")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    assert "no adapter" in mistake("publish", tmp_path / "run", "--to", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_alias() -> None:
+    assert "known: smollm2-135m, gemma3-270m" in mistake("convert", "smollm3")
