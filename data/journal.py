@@ -96,7 +96,7 @@ def locked(path: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.lock")
+    lock = lock_of(path)
     try:
         with FileLock(lock, timeout=0):
             try:
@@ -106,3 +106,8 @@ def locked(path: Path) -> Iterator[None]:
                     lock.unlink()
     except Timeout:
         raise ConfigError(f"another process is writing {path}; wait for it, or name another file") from None
+
+
+def lock_of(path: Path) -> Path:
+    """The file that `locked` locks; it stays behind when its process is killed, and does no harm."""
+    return path.with_name(f".{path.name}.lock")

@@ -1,0 +1,100 @@
+"""One row of a bulk file: what it asks for, and what it gets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from terselm.compress.prompt import Prompt
+from terselm.compress.result import CompressionResult
+from terselm.compress.target import Target
+from terselm.data.jsonl import Json
+from terselm.errors import BudgetError, PromptError
+
+_PARTS = ("instruction", "demonstrations", "question")
+_FORMS = "text, prompt, or instruction, demonstrations and question"
+RESULT_KEYS = ("compressed", "original_tokens", "compressed_tokens", "ratio", "selected")
+READ_KEYS = frozenset((*_PARTS, "text", "prompt", "budget", "rate"))
+"""Keys that are read; all others are passed through."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a row asks for.
+
+    Attributes:
+        number: of the row, from 1.
+    """
+
+    number: int
+    prompt: Prompt
+    target: Target
+
+
+def read_request(number: int, row: Mapping[str, Any], budget: int | None, rate: float | None) -> Request:
+    """The request of a row; a key whose value is null counts as absent.
+
+    Args:
+        number: of the row, from 1.
+        row: one prompt, as ``text`` (without parts), as ``prompt`` (an object with the parts), or as its parts;
+            ``budget`` or ``rate`` where this row's differs.
+        budget, rate: for a row that gives neither; at most one of the two.
+
+    Raises:
+        PromptError: no prompt, several, or one of the wrong form; or a key that the result needs.
+        BudgetError: no budget and no rate, both, or one that `Target` refuses.
+    """
+    if taken := [key for key in RESULT_KEYS if key in row]:
+        raise PromptError(f"the row has a key {taken[0]!r} already, which the result needs; rename it")
+    given = {key: value for key, value in row.items() if key in READ_KEYS and value is not None}
+    if "budget" in given or "rate" in given:
+        budget, rate = _whole(given.get("budget")), given.get("rate")
+    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not math.isfinite(rate)):
+        raise BudgetError(f"the rate is {rate!r}; expected a fraction in (0, 1]")
+    return Request(number=number, prompt=_prompt(given), target=Target(budget=budget, rate=rate))
+
+
+def passed_through(row: Mapping[str, Any]) -> Json:
+    """What of a row the output repeats."""
+    return {key: value for key, value in row.items() if key not in READ_KEYS}
+
+
+def result_values(result: CompressionResult) -> Json:
+    """What a row gets: the values of `RESULT_KEYS`."""
+    values = result.to_dict()
+    return {"compressed": values["text"]} | {key: values[key] for key in RESULT_KEYS[1:]}
+
+
+def _prompt(given: Mapping[str, Any]) -> Prompt:
+    parts = {key: given[key] for key in _PARTS if key in given}
+    forms = [*(key for key in ("text", "prompt") if key in given), *list(parts)[:1]]
+    if len(forms) != 1:
+        found = " and ".join(forms) if forms else "no prompt"
+        raise PromptError(f"the row holds {found}; expected one of {_FORMS}")
+    if "text" in given:
+        if not isinstance(given["text"], str):
+            raise PromptError(f"text is a {type(given['text']).__name__}; expected a string")
+        parts = {"demonstrations": [given["text"]]}
+    if "prompt" in given:
+        parts = _nested(given["prompt"])
+    if not isinstance(parts.get("demonstrations", []), list):
+        raise PromptError(f"demonstrations is a {type(parts['demonstrations']).__name__}; expected a list of strings")
+    return Prompt(**parts)
+
+
+def _nested(prompt: Any) -> dict[str, Any]:
+    if not isinstance(prompt, dict):
+        raise PromptError(
+            f"prompt is a {type(prompt).__name__}; expected an object with instruction, demonstrations and question "
+            "(a prompt without parts goes under the key text)"
+        )
+    if unknown := prompt.keys() - set(_PARTS):
+        raise PromptError(f"prompt has a key {min(unknown)!r}; expected some of {', '.join(_PARTS)}")
+    return {key: value for key, value in prompt.items() if value is not None}
+
+
+def _whole(budget: Any) -> Any:
+    """A column of whole numbers and nulls often arrives as floats."""
+    return int(budget) if isinstance(budget, float) and budget.is_integer() else budget
