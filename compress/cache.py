@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 
+from terselm.compress.forward import Forward
+from terselm.compress.units import Ints
+
 _GRAIN = 256
+
+
+class Memory(Protocol):
+    """What a session's prompts have read so far. All rows share slots: see `SlotCache`."""
+
+    used: int
+
+    def read(self, ids: Ints, positions: Ints, slots: Ints) -> Tensor:
+        """Last hidden states of new tokens, which enter the slots after the used ones.
+
+        Args:
+            ids, positions: ``(B, S)``; position −1 is padding.
+            slots: ``(B, used + S)``, the position that each slot holds for each row, −1 for none.
+
+        Returns:
+            ``(B, S, H)``.
+        """
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order."""
+
+    def clear(self) -> None:
+        """Forget everything."""
 
 
 class SlotCache(Cache):  # type: ignore[misc]
@@ -21,11 +49,11 @@ class SlotCache(Cache):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.used = 0
-        self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._buffers: list[tuple[Tensor, Tensor]] = []
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Write ``(B, H, S, D)`` keys and values behind the used slots; return all ``(B, H, used + S, D)``."""
         end = self.used + key_states.shape[2]
         if layer_idx == len(self._buffers):
@@ -41,17 +69,43 @@ class SlotCache(Cache):  # type: ignore[misc]
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.used
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.used + query_length, 0
-
     def select(self, rows: Sequence[int]) -> None:
-        """Keep only these rows, in this order."""
         if self._buffers:
             index = torch.tensor(rows, device=self._buffers[0][0].device)
             self._buffers = [(keys[index], values[index]) for keys, values in self._buffers]
 
 
-def _grown(old: torch.Tensor | None, like: torch.Tensor, slots: int) -> torch.Tensor:
+class EagerMemory:
+    """`Memory` in buffers that grow, read with ordinary calls of the model."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+        self._cache = SlotCache()
+
+    @property
+    def used(self) -> int:
+        return self._cache.used
+
+    @used.setter
+    def used(self, slots: int) -> None:
+        self._cache.used = slots
+
+    def read(self, ids: Ints, positions: Ints, slots: Ints) -> Tensor:
+        device = self._forward.device
+        new = torch.arange(self.used, self.used + ids.shape[1], device=device)
+        tokens, places, held = (
+            torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in (ids, positions, slots)
+        )
+        return self._forward.extend(tokens, places, held, new, self._cache)
+
+    def select(self, rows: Sequence[int]) -> None:
+        self._cache.select(rows)
+
+    def clear(self) -> None:
+        self._cache = SlotCache()
+
+
+def _grown(old: Tensor | None, like: Tensor, slots: int) -> Tensor:
     """A buffer of at least ``slots`` slots that begins with ``old``; a quarter more than needed, to grow seldom."""
     slots = -(-(slots + slots // 4) // _GRAIN) * _GRAIN
     new = like.new_zeros(*like.shape[:2], slots, like.shape[3])

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from terselm.compress.budget import BudgetController
-from terselm.compress.counter import Count, tokenizer_counter
+from terselm.compress.counter import Count, TokenizerCounter, count_all
 from terselm.compress.job import Job
 from terselm.compress.layout import Layout, build_layout
 from terselm.compress.prompt import Part, Prompt
@@ -23,9 +23,8 @@ class Preparer:
     """Prepares prompts for one small LM under one set of settings."""
 
     def __init__(self, lm: CausalLM, settings: CompressionSettings) -> None:
-        self._tokenizer = lm.tokenizer
         self._settings = settings
-        self._count = tokenizer_counter(lm.tokenizer)
+        self._count = TokenizerCounter(lm.tokenizer)
         self._separator_ids: list[int] = self._tokenize([settings.separator])[0].ids.tolist()
         rates = {Part.INSTRUCTION: settings.instruction_rate, Part.QUESTION: settings.question_rate}
         self._protected_parts = [part for part, rate in rates.items() if rate == 1]
@@ -47,18 +46,18 @@ class Preparer:
             BudgetError: a rate that leaves nothing.
         """
         units = self._cut([piece.text for prompt in prompts for piece in prompt.pieces()])
-        return [
-            self._job(prompt, units, target, patterns, counter) for prompt, target in zip(prompts, targets, strict=True)
-        ]
+        layouts = [self._layout(prompt, units, patterns) for prompt in prompts]
+        count = counter or self._count
+        originals = count_all(count, [layout.text(np.ones(len(layout), dtype=bool)) for layout in layouts])
+        jobs = []
+        for layout, target, original in zip(layouts, targets, originals, strict=True):
+            budget = target.tokens(original, layout, count)
+            small = budget if counter is None else budget * layout.total_tokens // max(1, original)
+            controller = self._controller(layout, small)
+            jobs.append(Job(layout=layout, controller=controller, count=count, original=original, budget=budget))
+        return jobs
 
-    def _job(
-        self,
-        prompt: Prompt,
-        units: dict[str, Units],
-        target: Target,
-        patterns: Sequence[re.Pattern[str]],
-        counter: Count | None,
-    ) -> Job:
+    def _layout(self, prompt: Prompt, units: dict[str, Units], patterns: Sequence[re.Pattern[str]]) -> Layout:
         pieces = prompt.pieces()
         layout = build_layout(
             pieces,
@@ -70,17 +69,7 @@ class Preparer:
         )
         if not len(layout):
             raise PromptError("the prompt is empty; give an instruction, demonstrations or a question")
-        count = counter or self._count
-        original = count(layout.text(np.ones(len(layout), dtype=bool)))
-        budget = target.tokens(original, layout, count)
-        small = budget if counter is None else budget * layout.total_tokens // max(1, original)
-        return Job(
-            layout=layout,
-            controller=self._controller(layout, small),
-            count=count,
-            original=original,
-            budget=budget,
-        )
+        return layout
 
     def _controller(self, layout: Layout, budget: int) -> BudgetController:
         numbers = {part: layout.numbers(part) for part in Part}
@@ -120,10 +109,7 @@ class Preparer:
     def _tokenize(self, texts: Sequence[str]) -> list[Units]:
         if not texts:
             return []
-        encoded = self._tokenizer(
-            list(texts), add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-        )
+        encodings = self._count.backend.encode_batch(list(texts), add_special_tokens=False)
         return [
-            cut_units(ids, offsets, text)
-            for ids, offsets, text in zip(encoded["input_ids"], encoded["offset_mapping"], texts, strict=True)
+            cut_units(encoding.ids, encoding.offsets, text) for encoding, text in zip(encodings, texts, strict=True)
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -74,6 +75,8 @@ class CompressionResult:
     @property
     def ratio(self) -> float:
         """How many times shorter the prompt has become."""
+        if self.compressed_tokens == 0:  # the caller's counter finds nothing in it
+            return math.inf if self.original_tokens else 1.0
         return self.original_tokens / self.compressed_tokens
 
     @cached_property
