@@ -34,7 +34,7 @@ class ParquetSource(Source):
                 self.digest = hashlib.file_digest(file, "sha256").hexdigest()
             with parquet.ParquetFile(path) as file:
                 self.count: int = file.metadata.num_rows
-                self.schema: Any = file.schema_arrow.remove_metadata()  # it describes the columns that there were
+                self.schema: Any = file.schema_arrow
         if taken := [name for name in self.schema.names if name in RESULT_KEYS]:
             raise ConfigError(f"{path} has a column {taken[0]!r} already, which the result needs; rename it")
 
@@ -72,6 +72,7 @@ class ParquetOutput(Output):
         self._source = source
         arrow = _pyarrow("pyarrow")
         if isinstance(source, ParquetSource):
+            # Without the file's metadata, which describe the columns that there were.
             self._schema = arrow.schema([field for field in source.schema if field.name not in READ_KEYS])
         else:
             self._schema = _infer(source)

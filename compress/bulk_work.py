@@ -61,7 +61,7 @@ class Worker:
         return self._try(requests[:half]) + self._try(requests[half:])
 
     def _compress(self, requests: Sequence[Request]) -> list[Json]:
-        entries: dict[int, Json] = {}
+        entries: list[Json] = []
         by_budget = [request for request in requests if request.target.budget is not None]
         by_rate = [request for request in requests if request.target.rate is not None]
         for some in (by_budget, by_rate):
@@ -74,8 +74,8 @@ class Worker:
                     counter=self._count,
                 )
                 for request, result in zip(some, results, strict=True):
-                    entries[request.number] = {"line": request.number, "result": result_values(result)}
-        return [entries[request.number] for request in requests]
+                    entries.append({"line": request.number, "result": result_values(result)})
+        return entries
 
     def _blame(self, request: Request, error: Exception) -> Json:
         """The rejection of a row, unless the machine is at fault: a GPU that failed once fails ever after."""

@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fakes import random_lm
 
 from terselm.compress.bulk import BulkSettings, BulkSummary, compress_file
 from terselm.compress.compressor import PromptCompressor
 from terselm.compress.prompt import Prompt
+from terselm.models import CausalLM
 
 Json = dict[str, Any]
 
 _TEXT = "the cat sat on a mat and 12 dogs that chased it slept; how many apples 我们 naïve 👍 x = y + 1"
+_MIDDLE = " § § §"  # in no other prompt than the one in the middle
 
 
 def settings(**changes: Any) -> BulkSettings:
@@ -40,8 +43,12 @@ def prompts(count: int, seed: int = 0) -> list[Prompt]:
         return " ".join(chance.choices(_TEXT.split(), k=chance.randint(1, most)))
 
     return [
-        Prompt(instruction=text(5), demonstrations=[text(30) for _ in range(chance.randint(0, 3))], question=text(8))
-        for _ in range(count)
+        Prompt(
+            instruction=text(5),
+            demonstrations=[text(30) for _ in range(chance.randint(0, 3))],
+            question=text(8) + _MIDDLE * (number == count // 2),
+        )
+        for number in range(count)
     ]
 
 
@@ -91,3 +98,40 @@ def expected(compressed: Sequence[tuple[Prompt, Json]], **asked: Any) -> list[Js
             }
         )
     return values
+
+
+class Died(RuntimeError):
+    """What the model of a test raises when it breaks."""
+
+
+def breaking(*, for_ever: bool) -> PromptCompressor:
+    """A compressor whose model fails as it reads the prompt in the middle: for ever, as a GPU does, or each time."""
+    lm = random_lm()
+    model = type(lm.model)(lm.model.config)
+    model.load_state_dict(lm.model.state_dict())
+    token = lm.tokenizer(_MIDDLE)["input_ids"][-1]
+    dead = False
+
+    def fail(module: Any, positional: Any, named: Json) -> None:
+        nonlocal dead
+        met = bool((named["input_ids"] == token).any())
+        dead = dead or (met and for_ever)
+        if met or dead:
+            raise Died("the GPU has\nfallen off the bus")
+
+    model.base_model.register_forward_pre_hook(fail, with_kwargs=True)
+    return PromptCompressor(CausalLM(model=model.eval(), tokenizer=lm.tokenizer, name="random"))
+
+
+def broken_off(source: Path, out: Path, **changes: Any) -> int:
+    """Begin a run that dies on the way; how many rows it got done."""
+    with pytest.raises(Died):
+        compress_file(source, out, lambda: breaking(for_ever=True), settings(**changes))
+    done = len(read_rows(journal_of(out))) - 1
+    assert 0 < done < len(read_rows(source))
+    assert not out.exists()
+    return done
+
+
+def journal_of(out: Path) -> Path:
+    return out.with_name(out.name + ".journal")

@@ -26,8 +26,7 @@ PLAIN = st.text(st.characters(exclude_categories=["Cs"]))
 def test_a_request_or_a_reason(row: dict[str, Any], budget: int | None) -> None:
     try:
         request = read_request(3, row, budget, None if budget else 0.5)
-    except (PromptError, BudgetError) as error:
-        assert str(error)
+    except (PromptError, BudgetError):
         return
     assert request.number == 3
     own = row.get("budget") is not None or row.get("rate") is not None
