@@ -121,6 +121,7 @@ class Session:
         self._last_id = np.zeros(rows, dtype=np.int64)
         self._last_slot = np.zeros(rows, dtype=np.int64)
 
+    @torch.inference_mode()
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows only, in this order."""
         self._memory.select(rows)
