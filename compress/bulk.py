@@ -48,6 +48,13 @@ class BulkSummary:
     compressed_tokens: int
     rejected_path: Path | None
 
+    def __str__(self) -> str:
+        text = (
+            f"{self.rows - self.rejected:,} of {self.rows:,} prompts compressed ({self.reused:,} rows done before), "
+            f"{self.original_tokens:,} tokens to {self.compressed_tokens:,}"
+        )
+        return f"{text}; {self.rejected:,} rows are set aside in {self.rejected_path}" if self.rejected else text
+
 
 def compress_file(
     source: Path, out: Path, compressor_factory: Callable[[], PromptCompressor], settings: BulkSettings
@@ -122,9 +129,9 @@ class _Run:
 
     def _compress(self, worker: Worker, batches: Iterator[list[Row]], update: Callable[[], None]) -> None:
         """Each batch is on disk before the next begins."""
-        with self.journals.writer(self.process.index) as journal:
+        with self.journals.writer(self.process.index) as commit:
             for batch in batches:
-                journal.append(worker.entries(batch))
+                commit(worker.entries(batch))
                 update()
 
     def _await_others(self, update: Callable[[], None]) -> None:

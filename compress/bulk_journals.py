@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,17 @@ class Journals:
         return self._out.with_name(f"{self._out.name}.journal" + (f"-{process}" if process else ""))
 
     @contextmanager
-    def writer(self, process: int) -> Iterator[Journal]:
-        """The journal of a process, open for writing."""
-        with Journal(self.path(process)) as journal:
-            if journal.path not in self._bound:
-                journal.append([self._binding])
-            yield journal
+    def writer(self, process: int) -> Iterator[Callable[[Iterable[Json]], None]]:
+        """Yield a function that commits entries to the journal of a process."""
+        path = self.path(process)
+        head = [] if path in self._bound else [self._binding]  # with the first entries: without any, it binds nobody
+        with Journal(path) as journal:
+
+            def commit(entries: Iterable[Json]) -> None:
+                journal.append([*head, *entries])
+                head.clear()
+
+            yield commit
 
     def refresh(self) -> None:
         """Read what has been committed since the last time.

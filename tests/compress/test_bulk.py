@@ -103,6 +103,11 @@ def test_bad_rows_are_set_aside_with_their_reason(tmp_path: Path) -> None:
             raise ValueError(entry["reason"])
         assert entry["row"] == (json.loads(line) if row is ... else row)
     assert (summary.rows, summary.rejected) == (2 * len(bad), len(bad))
+    tokens = f"{summary.original_tokens:,} tokens to {summary.compressed_tokens:,}"
+    assert str(summary) == (
+        f"21 of 42 prompts compressed (0 rows done before), {tokens}; "
+        f"21 rows are set aside in {tmp_path / 'out.rejected.jsonl'}"
+    )
     assert names(tmp_path) == ["in.jsonl", "out.jsonl", "out.rejected.jsonl"]
 
 

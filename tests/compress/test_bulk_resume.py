@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from bulk_runs import (
+    Died,
+    breaking,
     broken_off,
     bulk,
     compressor,
@@ -66,6 +68,15 @@ def test_a_run_over_another_input_is_refused(tmp_path: Path) -> None:
     write_rows(source, rows_of(40, seed=1))
     with pytest.raises(ConfigError, match=r"other settings \(another input\)"):
         compress_file(source, out, never, settings())
+
+
+def test_a_run_that_got_nothing_done_binds_nobody(tmp_path: Path) -> None:
+    rows = rows_of(40)
+    source, out = write_rows(tmp_path / "in.jsonl", rows[20:]), tmp_path / "out.jsonl"  # the first row breaks it
+    with pytest.raises(Died):
+        compress_file(source, out, lambda: breaking(for_ever=True), settings())
+    assert names(tmp_path) == ["in.jsonl", "out.jsonl.journal"]
+    assert bulk(source, out, rate=0.3).reused == 0
 
 
 def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
