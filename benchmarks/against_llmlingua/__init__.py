@@ -1,0 +1,1 @@
+"""The parts of compress_vs_llmlingua.py."""

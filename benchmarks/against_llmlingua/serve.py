@@ -1,0 +1,165 @@
+"""One side of the comparison: a compressor in a process of its own, which answers requests, one JSON object a line.
+
+Knows torch and the standard library alone, so that it runs in the peer's environment too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """A compressor that is ready to work.
+
+    Attributes:
+        model: its causal LM, with the head.
+        encode: a text's tokens, none of them special.
+        compress: the compressed texts of prompts, for a budget in tokens.
+        packages: whose versions are reported.
+    """
+
+    model: Any
+    encode: Callable[[str], list[int]]
+    compress: Callable[[Sequence[Json], int], list[str]]
+    packages: Sequence[str]
+
+
+def serve(load: Callable[[Path, str, str], Side]) -> None:
+    """Answer requests from standard input until it ends. ``load`` takes folder, device and dtype."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    device, folder, dtype = sys.argv[1:]
+    side = load(Path(folder), device, dtype)
+    watch = Watch(side.model)
+    for line in sys.stdin:
+        request = json.loads(line)
+        with torch.inference_mode():
+            answer = _answer(side, watch, request)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _answer(side: Side, watch: Watch, request: Json) -> Json:
+    match request["do"]:
+        case "describe":
+            return _describe(side)
+        case "probe":
+            answer = _probe(side, request["text"])
+            watch.remember_base()
+            return answer
+        case "compress":
+            return _compress(side, watch, request)
+        case "score":
+            from against_llmlingua.scoring import score
+
+            return score(side.model, request)
+    raise ValueError(request["do"])
+
+
+def _describe(side: Side) -> Json:
+    return {
+        "versions": {"python": sys.version.split()[0], **{package: version(package) for package in side.packages}},
+        "threads": torch.get_num_threads(),
+        "attention": side.model.config._attn_implementation,
+        "dtype": str(side.model.dtype).removeprefix("torch."),
+        "weights_bytes": sum(p.numel() * p.element_size() for p in side.model.parameters()),
+    }
+
+
+def _probe(side: Side, text: str) -> Json:
+    """Tokens of a text, and −log p of all but the first: the same on both sides, or the weights are not the same."""
+    ids = side.encode(text)
+    tokens = torch.tensor([ids], device=side.model.device)
+    log_p = side.model(tokens).logits[0, :-1].float().log_softmax(-1)
+    return {"ids": ids, "nll": (-log_p.gather(-1, tokens[0, 1:, None])[:, 0]).tolist()}
+
+
+def _compress(side: Side, watch: Watch, request: Json) -> Json:
+    if request["watched"]:
+        watch.start()
+    _synchronise(side.model)
+    begin, begin_processor = time.perf_counter(), time.process_time()
+    texts = side.compress(request["prompts"], request["budget"])
+    _synchronise(side.model)
+    answer = {
+        "seconds": time.perf_counter() - begin,
+        "processor_seconds": time.process_time() - begin_processor,  # of all threads; other programs hardly change it
+        "tokens": [len(side.encode(text)) for text in texts],
+    }
+    return {**answer, **watch.stop()} if request["watched"] else answer
+
+
+def _synchronise(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Watch:
+    """Counts what passes through a model, and the memory at its peak; not in timed runs, lest it disturb them."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._cuda = model.device.type == "cuda"
+        self._base: int | None = None
+        self._passes = 0
+        self._tokens = 0
+        self._hook: Any = None
+
+    def remember_base(self) -> None:
+        """Count from here the memory that compression takes. The weights must have been used once."""
+        gc.collect()
+        if self._cuda:
+            torch.cuda.empty_cache()
+            self._base = torch.cuda.memory_allocated()
+            return
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        self._base = _status("VmRSS")
+
+    def start(self) -> None:
+        self._passes = self._tokens = 0
+        self._hook = self._model.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+
+    def stop(self) -> Json:
+        """Passes and tokens (padding included; None where a captured graph hid them), peak memory above the base."""
+        self._hook.remove()
+        peak = torch.cuda.max_memory_allocated() if self._cuda else _status("VmHWM")
+        return {
+            "passes": self._passes or None,
+            "forwarded": self._tokens or None,
+            "peak_bytes": None if peak is None or self._base is None else peak - self._base,
+        }
+
+    def _count(self, module: Any, positional: tuple[Any, ...], named: Json) -> None:
+        self._passes += 1
+        self._tokens += (named["input_ids"] if "input_ids" in named else positional[0]).numel()
+
+
+def _status(name: str) -> int | None:
+    """A line of this process's memory in Linux's account, bytes; None on other systems."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) << 10
+    return None
