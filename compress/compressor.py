@@ -10,7 +10,7 @@ import numpy as np
 
 from terselm.compress.budget import BudgetPlan
 from terselm.compress.counter import Count, resolve_counter
-from terselm.compress.fit import fit_budget
+from terselm.compress.fit import BudgetFit, fit_all
 from terselm.compress.itpc import IterativeCompression
 from terselm.compress.job import Job, decide
 from terselm.compress.prepare import Preparer
@@ -114,7 +114,9 @@ class PromptCompressor:
                 _keep_at_random(job)
         else:
             self._reader.run_stage_two(active)
-        return [self._finish(job) for job in jobs]
+        fits = [self._fit(job) if job.stage is not None else None for job in jobs]
+        fit_all([fit for fit in fits if fit is not None])
+        return [_result(job, fit) for job, fit in zip(jobs, fits, strict=True)]
 
     def _rank_demonstrations(self, jobs: Sequence[Job]) -> None:
         if self.settings.ablations.selection is Selection.RANDOM:
@@ -147,29 +149,13 @@ class PromptCompressor:
             one_pass=self.settings.ablations.one_pass,
         )
 
-    def _finish(self, job: Job) -> CompressionResult:
-        if job.plan is None:
-            kept = np.ones(len(job.layout), dtype=bool)
-            text, size, selected = job.layout.text(kept), job.original, tuple(range(len(job.demonstrations)))
-        else:
-            stage = job.iteration
-            spare = partial(self._spare, job, job.plan)
-            kept, text, size = fit_budget(job.layout, stage.kept, stage.margin, spare, job.budget, job.count)
-            selected = job.plan.selected
-        return CompressionResult(
-            text=text,
-            original_tokens=job.original,
-            compressed_tokens=size,
-            budget=job.budget,
-            selected=tuple(job.layout.pieces[job.demonstrations[i]].index for i in selected),
-            tokens_read=job.tokens_read,
-            tokens_cached=job.tokens_cached,
-            _decide=partial(decide, job, kept),
-        )
+    def _fit(self, job: Job) -> BudgetFit:
+        stage = job.iteration
+        return BudgetFit(job.layout, stage.kept, stage.margin, partial(self._spare, job), job.budget, job.count)
 
-    def _spare(self, job: Job, plan: BudgetPlan) -> Ints:
+    def _spare(self, job: Job) -> Ints:
         """The free units of the demonstrations that were not selected, in descending order of perplexity."""
-        left = [i for i in range(len(job.demonstrations)) if i not in set(plan.selected)]
+        left = [i for i in range(len(job.demonstrations)) if i not in job.selected]
         if left and not job.coarse and job.ranks is None:
             self._reader.read_demonstrations([job])
         perplexities = job.perplexities()
@@ -179,6 +165,21 @@ class PromptCompressor:
         flat = np.concatenate([np.zeros(0, dtype=np.int64), *units])
         free: Ints = flat[~job.layout.protected[flat]]
         return free
+
+
+def _result(job: Job, fit: BudgetFit | None) -> CompressionResult:
+    """``fit`` is None for a prompt that fits as it is."""
+    kept = fit.kept if fit is not None else np.ones(len(job.layout), dtype=bool)
+    return CompressionResult(
+        text=fit.text if fit is not None else job.layout.text(kept),
+        original_tokens=job.original,
+        compressed_tokens=fit.size if fit is not None else job.original,
+        budget=job.budget,
+        selected=tuple(job.layout.pieces[job.demonstrations[i]].index for i in job.selected),
+        tokens_read=job.tokens_read,
+        tokens_cached=job.tokens_cached,
+        _decide=partial(decide, job, kept),
+    )
 
 
 def _keep_at_random(job: Job) -> None:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from terselm.compress.kernels import fused_nll
 from terselm.models import CausalLM
 
+_LOGIT_TRANSFORMS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 _LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 27}  # of the (rows, vocabulary) matrix
 
 
@@ -26,7 +28,9 @@ class Forward:
         self._body = lm.model.base_model
         self._head = lm.model.get_output_embeddings()
         self._config = lm.model.config.get_text_config()
+        self._transforms = any(getattr(self._config, name, None) for name in _LOGIT_TRANSFORMS)
         self.device: torch.device = lm.model.device
+        self._kernel = fused_nll() if self.device.type == "cuda" else None
 
     def texts(self, ids: Tensor) -> Tensor:
         """Last hidden states ``(B, T, H)`` of texts ``(B, T)`` that are padded at their ends.
@@ -66,7 +70,11 @@ class Forward:
         chunks = []
         for some, wanted in zip(torch.split(states, rows), torch.split(targets, rows), strict=True):
             logits = self._logits(some)
-            chunks.append(logits.logsumexp(-1) - logits.gather(-1, wanted[:, None])[:, 0])
+            if self._kernel is not None:
+                chunks.append(self._kernel(logits, wanted))
+            else:
+                logits = logits.float()
+                chunks.append(logits.logsumexp(-1) - logits.gather(-1, wanted[:, None])[:, 0])
         return torch.cat(chunks)
 
     def _masks(self, mask: Tensor, distance: Tensor) -> Any:
@@ -87,7 +95,10 @@ class Forward:
         return torch.zeros_like(mask, dtype=self._head.weight.dtype).masked_fill(~mask, blocked)
 
     def _logits(self, states: Tensor) -> Tensor:
-        logits: Tensor = self._head(states).float()
+        """``(N, V)``, in the head's own number format where nothing is done to them."""
+        logits: Tensor = self._head(states)
+        if self._transforms:
+            logits = logits.float()
         if scale := getattr(self._config, "logit_scale", None):
             logits = logits * scale
         if divisor := getattr(self._config, "logits_scaling", None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -38,6 +39,11 @@ class Job:
         """Stage 2, once it has begun."""
         assert self.stage is not None
         return self.stage
+
+    @property
+    def selected(self) -> Sequence[int]:
+        """The demonstrations that survived Stage 1: all, where the prompt fits as it is."""
+        return self.plan.selected if self.plan is not None else range(len(self.demonstrations))
 
     @cached_property
     def demonstrations(self) -> list[int]:

@@ -77,22 +77,19 @@ class Layout:
 
     def text(self, kept: Mask) -> str:
         """The text of some units, cut from the source. ``kept``: ``(n_units,)``."""
-        texts = []
-        for number, piece in enumerate(self.pieces):
-            low, high = int(self.edges[number]), int(self.edges[number + 1])
-            here = kept[low:high]
-            if here.all():
-                texts.append(piece.text)
-            elif here.any():
-                # runs of neighbours are cut in one go
-                turns = np.flatnonzero(np.diff(np.concatenate([[False], here, [False]])))
-                texts.append(
-                    "".join(
-                        piece.text[self.starts[low + begin] : self.ends[low + end - 1]]
-                        for begin, end in turns.reshape(-1, 2)
-                    )
-                )
-        return self.separator.join(texts)
+        units = np.flatnonzero(kept)
+        if not len(units):
+            return ""
+        pieces = self.piece_of[units]
+        turns = np.flatnonzero((np.diff(units) != 1) | (np.diff(pieces) != 0))  # runs of neighbours are cut in one go
+        begins = units[np.concatenate([[0], turns + 1])]
+        ends = units[np.concatenate([turns, [len(units) - 1]])]
+        cuts: dict[int, list[str]] = {}
+        for piece, start, end in zip(
+            self.piece_of[begins].tolist(), self.starts[begins].tolist(), self.ends[ends].tolist(), strict=True
+        ):
+            cuts.setdefault(piece, []).append(self.pieces[piece].text[start:end])
+        return self.separator.join("".join(texts) for texts in cuts.values())
 
 
 def build_layout(

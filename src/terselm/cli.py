@@ -24,7 +24,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_MODEL_HELP = "Alias, model folder, run folder, adapter folder or hub id."
+_log = logging.getLogger(__name__)
+
+_Model = Annotated[str, typer.Option(help="The small LM: alias, model folder, run folder, adapter folder or hub id.")]
+_Counter = Annotated[
+    str | None, typer.Option(help="Tokenizer that budgets are counted in: cl100k_base, gpt-4o, a model name.")
+]
+_Config = Annotated[Path | None, typer.Option(help="YAML file with compression settings.")]
+_Keep = Annotated[list[str] | None, typer.Option(help="Literal text that must survive; may be repeated.")]
+_KeepRegex = Annotated[list[str] | None, typer.Option(help="The same as a regular expression.")]
+_KeepPreset = Annotated[list[str] | None, typer.Option(help="numbers, urls or code_fences.")]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 
 
 def main() -> None:
@@ -64,21 +74,19 @@ def compress(
     question: Annotated[Path | None, typer.Option(help="File with the question; '-' is standard input.")] = None,
     budget: Annotated[int | None, typer.Option(help="Tokens allowed.")] = None,
     rate: Annotated[float | None, typer.Option(help="Fraction of the tokens to keep, in (0, 1].")] = None,
-    counter: Annotated[
-        str | None, typer.Option(help="Tokenizer that the budget is counted in: cl100k_base, gpt-4o, a model name.")
-    ] = None,
-    model: Annotated[str, typer.Option(help=f"The small LM. {_MODEL_HELP}")] = "smollm2-135m",
-    config: Annotated[Path | None, typer.Option(help="YAML file with compression settings.")] = None,
-    keep: Annotated[list[str] | None, typer.Option(help="Literal text that must survive; may be repeated.")] = None,
-    keep_regex: Annotated[list[str] | None, typer.Option(help="The same as a regular expression.")] = None,
-    keep_preset: Annotated[list[str] | None, typer.Option(help="numbers, urls or code_fences.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    counter: _Counter = None,
+    model: _Model = "smollm2-135m",
+    config: _Config = None,
+    keep: _Keep = None,
+    keep_regex: _KeepRegex = None,
+    keep_preset: _KeepPreset = None,
+    device: _Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result with its figures as JSON.")] = False,
     tokens: Annotated[bool, typer.Option(help="With --json: the decision on every token.")] = False,
 ) -> None:
     """Compress a prompt and print it."""
     parts = _parts(text, prompt, instruction, demonstration or [], question)
-    protected = _keep(keep or [], keep_regex or [], keep_preset or [])
+    protected = _protected(keep or [], keep_regex or [], keep_preset or [])
     from terselm.compress.prompt import Prompt
     from terselm.compress.settings import CompressionSettings
     from terselm.compress.target import Target
@@ -93,6 +101,57 @@ def compress(
     compressor = PromptCompressor.from_pretrained(model, device=device, settings=settings)
     result = compressor.compress_batch([asked], budget=budget, rate=rate, keep=protected, counter=counter)[0]
     print(json.dumps(result.to_dict(tokens=tokens), ensure_ascii=False, indent=2) if as_json else result.text)
+
+
+@app.command("compress-file")
+def compress_file(
+    source: Annotated[Path, typer.Argument(help="Prompts, one a row: .jsonl or .parquet.")],
+    out: Annotated[Path, typer.Argument(help="File to make: .jsonl or .parquet.")],
+    *,
+    budget: Annotated[int | None, typer.Option(help="Tokens allowed; a row's own budget or rate goes first.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Fraction of the tokens to keep, in (0, 1].")] = None,
+    counter: _Counter = None,
+    model: _Model = "smollm2-135m",
+    config: _Config = None,
+    keep: _Keep = None,
+    keep_regex: _KeepRegex = None,
+    keep_preset: _KeepPreset = None,
+    device: _Device = "auto",
+    batch_size: Annotated[int, typer.Option(help="Rows compressed, and committed to disk, together.")] = 64,
+) -> None:
+    """Compress a file of prompts.
+
+    Killed, it goes on where it stopped when run again; several GPUs share the rows under
+    `accelerate launch --no_python terselm compress-file …`.
+    """
+    protected = _protected(keep or [], keep_regex or [], keep_preset or [])
+    from terselm.compress.bulk import BulkSettings
+    from terselm.compress.bulk import compress_file as compress_rows
+    from terselm.compress.bulk.process import current_process
+    from terselm.compress.compressor import PromptCompressor
+    from terselm.compress.settings import CompressionSettings
+    from terselm.config import load_config
+    from terselm.train.hardware import share_out_cores
+
+    settings = BulkSettings(
+        model=model,
+        budget=budget,
+        rate=rate,
+        keep=protected,
+        counter=counter,
+        compression=load_config(CompressionSettings, config),
+        batch_size=batch_size,
+    )
+
+    def load() -> PromptCompressor:
+        _quieten_transformers()
+        share_out_cores()
+        own = current_process().claim_device(device)
+        return PromptCompressor.from_pretrained(model, device=own, settings=settings.compression)
+
+    if (summary := compress_rows(source, out, load, settings)) is not None:
+        _log.info(summary)
+        print(out)
 
 
 @app.command()
@@ -171,7 +230,7 @@ def _read_prompt(path: Path) -> dict[str, Any]:
     return values
 
 
-def _keep(literals: list[str], regexes: list[str], presets: list[str]) -> list[Keep]:
+def _protected(literals: list[str], regexes: list[str], presets: list[str]) -> list[Keep]:
     from terselm.compress.protect import Preset
 
     keep: list[Keep] = list(literals)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -66,7 +67,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def remove_partials(path: Path) -> None:
     """Remove what killed writers of ``path`` left beside it. Only safe while no other writer can be at work."""
-    for partial in path.parent.glob(f".{path.name}{_PARTIAL}*"):
+    for partial in path.parent.glob(f".{glob.escape(path.name)}{_PARTIAL}*"):
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
         else:

@@ -27,8 +27,8 @@ from bulk_runs import (
     write_rows,
 )
 
-from terselm.compress import bulk_parquet
 from terselm.compress.bulk import compress_file
+from terselm.compress.bulk import parquet as bulk_parquet
 from terselm.compress.prompt import Prompt
 from terselm.errors import ConfigError, DataFormatError
 

@@ -22,9 +22,9 @@ from bulk_runs import (
 )
 
 from terselm.compress import bulk as bulk_module
-from terselm.compress import bulk_progress
 from terselm.compress.bulk import compress_file
-from terselm.compress.bulk_process import Process, current_process
+from terselm.compress.bulk import progress as bulk_progress
+from terselm.compress.bulk.process import Process, current_process
 from terselm.errors import ConfigError
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from terselm.compress.bulk_io import dump_row
-from terselm.compress.bulk_rows import READ_KEYS, RESULT_KEYS, passed_through, read_request
+from terselm.compress.bulk.files import dump_row
+from terselm.compress.bulk.rows import READ_KEYS, RESULT_KEYS, passed_through, read_request
 from terselm.errors import BudgetError, PromptError
 
 VALUES = st.recursive(

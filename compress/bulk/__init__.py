@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from terselm.compress.bulk_io import Output, Row, Source, dump_row, open_output, open_source
-from terselm.compress.bulk_journals import Journals
-from terselm.compress.bulk_process import Process, current_process
-from terselm.compress.bulk_progress import Progress
-from terselm.compress.bulk_settings import BulkSettings
-from terselm.compress.bulk_work import Worker
+from terselm.compress.bulk.files import Output, Row, Source, dump_row, open_output, open_source
+from terselm.compress.bulk.journals import Journals
+from terselm.compress.bulk.process import Process, current_process
+from terselm.compress.bulk.progress import Progress
+from terselm.compress.bulk.settings import BulkSettings
+from terselm.compress.bulk.work import Worker
 from terselm.compress.compressor import PromptCompressor
 from terselm.data.journal import locked
 from terselm.data.jsonl import Json

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from terselm.compress.bulk_io import Output, Row
-from terselm.compress.bulk_rows import Request, read_request, result_values
-from terselm.compress.bulk_settings import BulkSettings
+from terselm.compress.bulk.files import Output, Row
+from terselm.compress.bulk.rows import Request, read_request, result_values
+from terselm.compress.bulk.settings import BulkSettings
 from terselm.compress.compressor import PromptCompressor
 from terselm.compress.counter import resolve_counter
 from terselm.data.jsonl import Json

@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, TextIO
 
-from terselm.compress.bulk_rows import passed_through
+from terselm.compress.bulk.rows import passed_through
 from terselm.data.jsonl import Json, parse_object
 from terselm.errors import ConfigError, DataFormatError
 
@@ -133,7 +133,7 @@ def open_source(path: Path) -> Source:
         DataFormatError: it cannot be read.
     """
     if _is_parquet(path):
-        from terselm.compress.bulk_parquet import ParquetSource
+        from terselm.compress.bulk.parquet import ParquetSource
 
         return ParquetSource(path)
     return JsonlSource(path)
@@ -146,7 +146,7 @@ def open_output(path: Path, source: Source) -> Output:
         ConfigError: another ending; Parquet without pyarrow; or values that a Parquet column cannot hold.
     """
     if _is_parquet(path):
-        from terselm.compress.bulk_parquet import ParquetOutput
+        from terselm.compress.bulk.parquet import ParquetOutput
 
         return ParquetOutput(source)
     return JsonlOutput(source)

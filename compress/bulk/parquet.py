@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from terselm.compress.bulk_io import Output, Results, Row, Source
-from terselm.compress.bulk_rows import READ_KEYS, RESULT_KEYS, passed_through
+from terselm.compress.bulk.files import Output, Results, Row, Source
+from terselm.compress.bulk.rows import READ_KEYS, RESULT_KEYS, passed_through
 from terselm.data.jsonl import Json
 from terselm.errors import ConfigError, DataFormatError
 
