@@ -9,7 +9,7 @@ transformers that it works with. Without --gsm8k the prompts are made of the bun
 - warm: the demonstrations of the prompt before, a new question;
 - batch: many new prompts at once, as prompt tokens a second (llmlingua has no batches and takes them one by one);
 - share of the ceiling: that rate over the rate of plain batched scoring of the same prompts with the same model;
-- forward passes and the tokens in them (padding included), and peak memory above the weights, in runs of their own.
+- forward passes and the tokens in them (padding included), and the peak of memory above the weights.
 
 On a machine without network, carry the wheels of the peer there (those which the running interpreter's packages lack),
 and a model folder, which with --shape needs no weights:
@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape, with the tokenizer of --model")
     parser.add_argument("--gsm8k", type=Path, metavar="FILE", help="GSM8K's train.jsonl, to make the prompts of")
     parser.add_argument("--budget", type=int, default=200, help="tokens; default 200")
-    parser.add_argument("--repeats", type=int, default=5, help="prompts timed one at a time; default 5")
+    parser.add_argument("--repeats", type=int, help="prompts timed one at a time; default 20, on the CPU 5")
     parser.add_argument("--batch", type=int, help="prompts in a batch; default 64, on the CPU 4")
     parser.add_argument("--batch-repeats", type=int, default=3, help="batches timed; default 3")
     parser.add_argument("--device", default="auto", help="cpu or cuda; default: cuda where there is one")
@@ -82,8 +82,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     load_before = os.getloadavg()
     device = pick_device(options.device).type
     dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")
-    batch = options.batch if options.batch is not None else (4 if device == "cpu" else 64)
-    plan = Plan(budget=options.budget, repeats=options.repeats, batch=batch, batch_repeats=options.batch_repeats)
+    on_cpu = device == "cpu"
+    plan = Plan(
+        budget=options.budget,
+        warm_ups=2 if on_cpu else 20,
+        repeats=options.repeats if options.repeats is not None else (5 if on_cpu else 20),
+        batch=options.batch if options.batch is not None else (4 if on_cpu else 64),
+        batch_repeats=options.batch_repeats,
+    )
     material = gsm8k(options.gsm8k) if options.gsm8k else bundled()
     python = environment.peer_python(options.peer_env, options.peer_wheels)
     with tempfile.TemporaryDirectory() as scratch:

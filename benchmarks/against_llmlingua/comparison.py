@@ -11,7 +11,6 @@ from against_llmlingua.process import SideProcess, log
 from against_llmlingua.prompts import Prompt, PromptMaker, whole_text
 from terselm.errors import ConfigError, TerseLMError
 
-_WARM_UPS = 3  # which are watched, and not timed
 _PROBE = "Natalia sold 48 clips in April, and half as many in May: how many did she sell in these two months?"
 _MOST_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.5}  # of a −log p, nats; bfloat16 has 8 bits
 
@@ -22,6 +21,7 @@ class Plan:
 
     Attributes:
         budget: tokens that a compressed prompt may have.
+        warm_ups: runs of each kind before the timed ones; enough for what is set up at the first sight of a shape.
         repeats: prompts timed one at a time, cold and warm.
         batch: prompts in a batch.
         batch_repeats: batches timed.
@@ -31,6 +31,7 @@ class Plan:
     """
 
     budget: int
+    warm_ups: int
     repeats: int
     batch: int
     batch_repeats: int
@@ -95,13 +96,15 @@ class Comparison:
     def _single(self) -> tuple[dict[str, Any], dict[str, float]]:
         """One prompt at a time, cold and warm; and what the first call of each side took."""
         budget = self._plan.budget
-        watched = [self._in_turns([self._maker.prompt()], watched=True) for _ in range(_WARM_UPS)]
-        first = {name: answer["seconds"] for name, answer in watched[0].items()}
+        first = self._in_turns([self._maker.prompt()])
+        for _ in range(self._plan.warm_ups - 1):
+            self._in_turns([self._maker.prompt()])
         prompts = [self._maker.prompt() for _ in range(self._plan.repeats)]
         cold = [self._logged("cold", i, self._in_turns([prompt])) for i, prompt in enumerate(prompts)]
         base = self._maker.prompt()
         self._in_turns([base])
-        again = [self._in_turns([self._with_new_question(base)], watched=True) for _ in range(_WARM_UPS)]
+        for _ in range(self._plan.warm_ups):
+            self._in_turns([self._with_new_question(base)])
         warm = [
             self._logged("warm", i, self._in_turns([self._with_new_question(base)])) for i in range(self._plan.repeats)
         ]
@@ -114,16 +117,16 @@ class Comparison:
                 "demonstrations": median(len(prompt["demonstrations"]) for prompt in prompts),
                 "budget": budget,
             },
-            "cold": self._summaries(watched, cold),
-            "warm": self._summaries(again, warm),
-        }, first
+            "cold": self._summaries(cold),
+            "warm": self._summaries(warm),
+        }, {name: answer["seconds"] for name, answer in first.items()}
 
     def _batch(self) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
         """Many prompts at once, and the ceiling on the same ones."""
         batches = [[self._maker.prompt() for _ in range(self._plan.batch)] for _ in range(1 + self._plan.batch_repeats)]
         rows = [[self._encode(whole_text(prompt)) for prompt in batch] for batch in batches]
         lengths = [len(row) for batch in rows for row in batch]
-        watched = self._in_turns(batches[0], watched=True)
+        self._in_turns(batches[0])
         self._score(rows[0], min(lengths))
         runs, scored = [], []
         for i in range(self._plan.batch_repeats):
@@ -131,29 +134,21 @@ class Comparison:
             scored.append(self._score(rows[i + 1], min(lengths)))
         ceiling = [answer["tokens"] / answer["seconds"] for answer in scored]
         tokens = [sum(map(len, batch)) for batch in rows[1:]]
-        summaries = self._summaries([watched], runs)
+        summaries = self._summaries(runs)
         for name, summary in summaries.items():
             rates = [size / run[name]["seconds"] for size, run in zip(tokens, runs, strict=True)]
             summary["tokens_per_second"] = median(rates)
             summary["share_of_ceiling"] = median(rate / most for rate, most in zip(rates, ceiling, strict=True))
         return summaries, {"tokens_per_second": median(ceiling), "all_tokens_per_second": ceiling}, lengths
 
-    def _in_turns(self, prompts: Sequence[Prompt], *, watched: bool = False) -> dict[str, Any]:
+    def _in_turns(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """Both sides on the same prompts; the one that begins changes from time to time."""
         self._turn += 1
         names = list(self._sides)[:: 1 if self._turn % 2 else -1]
-        return {
-            name: self._sides[name].ask(do="compress", prompts=prompts, budget=self._plan.budget, watched=watched)
-            for name in names
-        }
+        return {name: self._sides[name].ask(do="compress", prompts=prompts, budget=self._plan.budget) for name in names}
 
-    def _summaries(
-        self, watched: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
-    ) -> dict[str, dict[str, Any]]:
-        return {
-            name: _summary([answers[name] for answers in watched], [answers[name] for answers in runs])
-            for name in self._sides
-        }
+    def _summaries(self, runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {name: _summary([run[name] for run in runs]) for name in self._sides}
 
     def _score(self, rows: Sequence[Sequence[int]], length: int) -> dict[str, Any]:
         return next(iter(self._sides.values())).ask(do="score", rows=rows, length=length)
@@ -171,21 +166,12 @@ class Comparison:
         return run
 
 
-def _summary(watched: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of timed runs, with what watched runs of the same kind saw."""
-    peaks = [run["peak_bytes"] for run in watched if run["peak_bytes"] is not None]
+def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    peaks = [run["peak_bytes"] for run in runs if run["peak_bytes"] is not None]
     return {
-        "seconds": median(run["seconds"] for run in runs),
+        **{name: median(run[name] for run in runs) for name in ("seconds", "processor_seconds", "passes", "forwarded")},
         "all_seconds": [round(run["seconds"], 4) for run in runs],
-        "processor_seconds": median(run["processor_seconds"] for run in runs),
         "compressed_tokens": median(tokens for run in runs for tokens in run["tokens"]),
         "most_compressed_tokens": max(tokens for run in runs for tokens in run["tokens"]),
-        "passes": _median_seen(watched, "passes"),
-        "forwarded": _median_seen(watched, "forwarded"),
         "peak_bytes": max(peaks, default=None),
     }
-
-
-def _median_seen(watched: Sequence[dict[str, Any]], name: str) -> float | None:
-    values = [run[name] for run in watched]
-    return None if None in values else median(values)

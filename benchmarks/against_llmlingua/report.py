@@ -37,9 +37,9 @@ def table(result: dict[str, Any]) -> str:
         faster = f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})"
         lines.append(_row(f"{title}: seconds", [f"{sides[n][kind]['seconds']:.3f}" for n in names], faster))
         lines.append(_row("— of processor time", [f"{sides[n][kind]['processor_seconds']:.3f}" for n in names]))
-        lines.append(_row("— forward passes", [_number(sides[n][kind]["passes"]) for n in names]))
-        lines.append(_row("— tokens forwarded", [_number(sides[n][kind]["forwarded"]) for n in names]))
-        lines.append(_row("— compressed to, tokens", [_number(sides[n][kind]["compressed_tokens"]) for n in names]))
+        lines.append(_row("— forward passes", [f"{sides[n][kind]['passes']:,.0f}" for n in names]))
+        lines.append(_row("— tokens forwarded", [f"{sides[n][kind]['forwarded']:,.0f}" for n in names]))
+        lines.append(_row("— compressed to, tokens", [f"{sides[n][kind]['compressed_tokens']:,.0f}" for n in names]))
         lines.append(_row("— peak above weights, MiB", [_mebibytes(sides[n][kind]["peak_bytes"]) for n in names]))
     rates = [f"{sides[n]['batch']['tokens_per_second']:,.0f}" for n in names]
     lines.append(_row("— prompt tokens a second", rates))
@@ -51,10 +51,6 @@ def table(result: dict[str, Any]) -> str:
 
 def _row(title: str, cells: list[str], last: str = "") -> str:
     return f"| {title} | {' | '.join(cells)} | {last} |"
-
-
-def _number(value: float | None) -> str:
-    return "not seen" if value is None else f"{value:,.0f}"
 
 
 def _mebibytes(value: int | None) -> str:

@@ -5,20 +5,19 @@ Knows torch and the standard library alone, so that it runs in the peer's enviro
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from against_llmlingua.watch import Watch
 
 Json = dict[str, Any]
 
@@ -68,7 +67,8 @@ def _answer(side: Side, watch: Watch, request: Json) -> Json:
         case "score":
             from against_llmlingua.scoring import score
 
-            return score(side.model, request)
+            with watch.away():
+                return score(side.model, request)
     raise ValueError(request["do"])
 
 
@@ -91,75 +91,19 @@ def _probe(side: Side, text: str) -> Json:
 
 
 def _compress(side: Side, watch: Watch, request: Json) -> Json:
-    if request["watched"]:
-        watch.start()
+    watch.start()
     _synchronise(side.model)
     begin, begin_processor = time.perf_counter(), time.process_time()
     texts = side.compress(request["prompts"], request["budget"])
     _synchronise(side.model)
-    answer = {
+    return {
         "seconds": time.perf_counter() - begin,
         "processor_seconds": time.process_time() - begin_processor,  # of all threads; other programs hardly change it
+        **watch.stop(),
         "tokens": [len(side.encode(text)) for text in texts],
     }
-    return {**answer, **watch.stop()} if request["watched"] else answer
 
 
 def _synchronise(model: Any) -> None:
     if model.device.type == "cuda":
         torch.cuda.synchronize()
-
-
-class Watch:
-    """Counts what passes through a model, and the memory at its peak; not in timed runs, lest it disturb them."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._cuda = model.device.type == "cuda"
-        self._base: int | None = None
-        self._passes = 0
-        self._tokens = 0
-        self._hook: Any = None
-
-    def remember_base(self) -> None:
-        """Count from here the memory that compression takes. The weights must have been used once."""
-        gc.collect()
-        if self._cuda:
-            torch.cuda.empty_cache()
-            self._base = torch.cuda.memory_allocated()
-            return
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        self._base = _status("VmRSS")
-
-    def start(self) -> None:
-        self._passes = self._tokens = 0
-        self._hook = self._model.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            with suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-
-    def stop(self) -> Json:
-        """Passes and tokens (padding included; None where a captured graph hid them), peak memory above the base."""
-        self._hook.remove()
-        peak = torch.cuda.max_memory_allocated() if self._cuda else _status("VmHWM")
-        return {
-            "passes": self._passes or None,
-            "forwarded": self._tokens or None,
-            "peak_bytes": None if peak is None or self._base is None else peak - self._base,
-        }
-
-    def _count(self, module: Any, positional: tuple[Any, ...], named: Json) -> None:
-        self._passes += 1
-        self._tokens += (named["input_ids"] if "input_ids" in named else positional[0]).numel()
-
-
-def _status(name: str) -> int | None:
-    """A line of this process's memory in Linux's account, bytes; None on other systems."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) << 10
-    return None
