@@ -29,6 +29,7 @@ class Forward:
         self._head = lm.model.get_output_embeddings()
         self._config = lm.model.config.get_text_config()
         self._transforms = any(getattr(self._config, name, None) for name in _LOGIT_TRANSFORMS)
+        self.parameters = int(lm.model.num_parameters())
         self.device: torch.device = lm.model.device
         self._kernel = fused_nll() if self.device.type == "cuda" else None
 

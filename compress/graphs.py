@@ -21,10 +21,10 @@ from terselm.compress.units import Ints
 
 logger = logging.getLogger(__name__)
 
-MOST_ROWS = 64
-_MOST_TOKENS = 1 << 14  # of a pass: larger ones keep the GPU busy without graphs
+_MOST_ROWS = 64
+_MOST_WORK = 8e12  # floating-point operations of a pass: larger ones keep the GPU busy without graphs
 _LONGEST = 512  # tokens of a row
-_STEP = 32  # tokens
+_FEW_TOKENS = 1 << 12  # of a pass: padding costs less than recording another shape
 _SLOTS = 256  # the smallest cache; sizes double
 _MOST_GRAPHS = 96
 
@@ -74,15 +74,20 @@ class GraphPool:
 
     def __init__(self, forward: Forward) -> None:
         self._forward = forward
+        self._most_tokens = int(_MOST_WORK / (2 * forward.parameters))
         self._graphs: dict[tuple[int, ...], _Recorded] = {}
         self._caches: dict[tuple[int, int], StaticCache] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._fails = False
 
+    def takes(self, rows: int, length: int) -> bool:
+        """Whether a pass of this shape is worth recording."""
+        return not self._fails and rows <= _MOST_ROWS and length <= _LONGEST and rows * length <= self._most_tokens
+
     def texts(self, ids: Ints) -> Tensor | None:
         """`Forward.texts` by replay; None for a shape that is better run as it is."""
-        shape = (_rows(len(ids)), _round_up(ids.shape[1], _STEP))
-        if shape[0] > MOST_ROWS or shape[0] * shape[1] > _MOST_TOKENS:
+        shape = (_rows(len(ids)), _length(len(ids), ids.shape[1]))
+        if not self.takes(*shape):
             return None
         states = self._replay(shape, self._forward.texts, _padded(ids, shape, 0))
         return states[: len(ids), : ids.shape[1]] if states is not None else None
@@ -97,13 +102,11 @@ class GraphPool:
             cache.new = new
             return self._forward.extend(ids, positions, slots, new, cache)
 
-        if ids.shape[1] > _LONGEST or ids.size > _MOST_TOKENS:
+        if not self.takes(*ids.shape):
             return None
         return self._replay((*ids.shape, cache.slots), run, ids, positions, slots, new)
 
     def _replay(self, key: tuple[int, ...], run: Callable[..., Tensor], *arrays: Ints) -> Tensor | None:
-        if self._fails:
-            return None
         if (recorded := self._graphs.get(key)) is not None:
             return recorded.replay(*arrays)
         if len(self._graphs) >= _MOST_GRAPHS:
@@ -144,7 +147,7 @@ class GraphMemory:
 
     def read(self, ids: Ints, positions: Ints, slots: Ints) -> Tensor:
         rows, length = ids.shape
-        padded = _round_up(length, _STEP)
+        padded = _length(rows, length)
         if self.used + padded > self._cache.slots:
             self._move(self._rows, range(self._rows), self.used + padded)
         shape = (self._rows, padded)
@@ -185,8 +188,13 @@ class GraphMemory:
 
 
 def _rows(rows: int) -> int:
-    """The next power of two."""
-    return 1 << (rows - 1).bit_length()
+    """The next power of two, beyond eight the next multiple of eight."""
+    return 1 << (rows - 1).bit_length() if rows <= 8 else _round_up(rows, 8)
+
+
+def _length(rows: int, length: int) -> int:
+    """A multiple of 64 or, where that is many tokens, of 32."""
+    return _round_up(length, 64 if _rows(rows) * length <= _FEW_TOKENS else 32)
 
 
 def _round_up(number: int, step: int) -> int:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from terselm.compress.cache import EagerMemory, Memory
 from terselm.compress.forward import Forward
-from terselm.compress.graphs import MOST_ROWS, GraphMemory, GraphPool
+from terselm.compress.graphs import GraphMemory, GraphPool
 from terselm.compress.itpc import ScoreRequest
 from terselm.compress.units import Ints
 from terselm.models import CausalLM
@@ -21,6 +21,7 @@ from terselm.models import CausalLM
 Surprisals = NDArray[np.float32]
 
 _TOKENS_AT_ONCE = {"cpu": 1 << 11, "cuda": 1 << 16}  # of a coarse batch, padding included
+_USUAL_PASS = 128  # tokens of a row: what was kept of a segment, and the next
 _MOST_PADDING = 0.15
 _FREE_PADDING = {"cpu": 0, "cuda": 1 << 13}  # tokens that cost less than one more pass would
 
@@ -61,7 +62,7 @@ class SurprisalEngine:
 
     def session(self, rows: int) -> Session:
         """Start reading ``rows`` prompts segment by segment, in lock step."""
-        if self._graphs is not None and rows <= MOST_ROWS:
+        if self._graphs is not None and self._graphs.takes(rows, _USUAL_PASS):
             return Session(self, GraphMemory(self._forward, self._graphs, rows), rows)
         return Session(self, EagerMemory(self._forward), rows)
 
