@@ -21,10 +21,10 @@ from terselm.compress.units import Ints
 
 logger = logging.getLogger(__name__)
 
-_MOST_ROWS = 64
 _MOST_WORK = 8e12  # floating-point operations of a pass: larger ones keep the GPU busy without graphs
 _LONGEST = 512  # tokens of a row
-_FEW_TOKENS = 1 << 12  # of a pass: padding costs less than recording another shape
+_MOST_TOKENS = 1 << 12  # of a pass: padding up to here costs less than recording another shape
+_STEP = 64  # tokens
 _SLOTS = 256  # the smallest cache; sizes double
 _MOST_GRAPHS = 96
 
@@ -74,7 +74,7 @@ class GraphPool:
 
     def __init__(self, forward: Forward) -> None:
         self._forward = forward
-        self._most_tokens = int(_MOST_WORK / (2 * forward.parameters))
+        self._most_tokens = min(_MOST_TOKENS, int(_MOST_WORK / (2 * forward.parameters)))
         self._graphs: dict[tuple[int, ...], _Recorded] = {}
         self._caches: dict[tuple[int, int], StaticCache] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -82,11 +82,11 @@ class GraphPool:
 
     def takes(self, rows: int, length: int) -> bool:
         """Whether a pass of this shape is worth recording."""
-        return not self._fails and rows <= _MOST_ROWS and length <= _LONGEST and rows * length <= self._most_tokens
+        return not self._fails and length <= _LONGEST and rows * length <= self._most_tokens
 
     def texts(self, ids: Ints) -> Tensor | None:
         """`Forward.texts` by replay; None for a shape that is better run as it is."""
-        shape = (_rows(len(ids)), _length(len(ids), ids.shape[1]))
+        shape = (_rows(len(ids)), _round_up(ids.shape[1], _STEP))
         if not self.takes(*shape):
             return None
         states = self._replay(shape, self._forward.texts, _padded(ids, shape, 0))
@@ -147,7 +147,7 @@ class GraphMemory:
 
     def read(self, ids: Ints, positions: Ints, slots: Ints) -> Tensor:
         rows, length = ids.shape
-        padded = _length(rows, length)
+        padded = _round_up(length, _STEP)
         if self.used + padded > self._cache.slots:
             self._move(self._rows, range(self._rows), self.used + padded)
         shape = (self._rows, padded)
@@ -188,13 +188,8 @@ class GraphMemory:
 
 
 def _rows(rows: int) -> int:
-    """The next power of two, beyond eight the next multiple of eight."""
-    return 1 << (rows - 1).bit_length() if rows <= 8 else _round_up(rows, 8)
-
-
-def _length(rows: int, length: int) -> int:
-    """A multiple of 64 or, where that is many tokens, of 32."""
-    return _round_up(length, 64 if _rows(rows) * length <= _FEW_TOKENS else 32)
+    """The next power of two."""
+    return 1 << (rows - 1).bit_length()
 
 
 def _round_up(number: int, step: int) -> int:
