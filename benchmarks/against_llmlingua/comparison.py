@@ -96,18 +96,13 @@ class Comparison:
     def _single(self) -> tuple[dict[str, Any], dict[str, float]]:
         """One prompt at a time, cold and warm; and what the first call of each side took."""
         budget = self._plan.budget
-        first = self._in_turns([self._maker.prompt()])
-        for _ in range(self._plan.warm_ups - 1):
-            self._in_turns([self._maker.prompt()])
-        prompts = [self._maker.prompt() for _ in range(self._plan.repeats)]
-        cold = [self._logged("cold", i, self._in_turns([prompt])) for i, prompt in enumerate(prompts)]
-        base = self._maker.prompt()
-        self._in_turns([base])
-        for _ in range(self._plan.warm_ups):
-            self._in_turns([self._with_new_question(base)])
-        warm = [
-            self._logged("warm", i, self._in_turns([self._with_new_question(base)])) for i in range(self._plan.repeats)
-        ]
+        prompts = [self._maker.prompt() for _ in range(self._plan.warm_ups + self._plan.repeats)]
+        cold, warm = [], []
+        for i, prompt in enumerate(prompts, start=1 - self._plan.warm_ups):
+            cold.append(self._logged("cold", i, self._in_turns([prompt])))
+            warm.append(self._logged("warm", i, self._in_turns([self._with_new_question(prompt)])))
+        first = {name: answer["seconds"] for name, answer in cold[0].items()}
+        prompts, cold, warm = (runs[self._plan.warm_ups :] for runs in (prompts, cold, warm))
         sizes = [len(self._encode(whole_text(prompt))) for prompt in prompts]
         return {
             "prompts": {
@@ -119,7 +114,7 @@ class Comparison:
             },
             "cold": self._summaries(cold),
             "warm": self._summaries(warm),
-        }, {name: answer["seconds"] for name, answer in first.items()}
+        }, first
 
     def _batch(self) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
         """Many prompts at once, and the ceiling on the same ones."""
@@ -130,7 +125,7 @@ class Comparison:
         self._score(rows[0], min(lengths))
         runs, scored = [], []
         for i in range(self._plan.batch_repeats):
-            runs.append(self._logged("batch", i, self._in_turns(batches[i + 1])))
+            runs.append(self._logged("batch", i + 1, self._in_turns(batches[i + 1])))
             scored.append(self._score(rows[i + 1], min(lengths)))
         ceiling = [answer["tokens"] / answer["seconds"] for answer in scored]
         tokens = [sum(map(len, batch)) for batch in rows[1:]]
@@ -162,7 +157,7 @@ class Comparison:
 
     def _logged(self, kind: str, repeat: int, run: dict[str, Any]) -> dict[str, Any]:
         times = ", ".join(f"{name} {run[name]['seconds']:.3f} s" for name in self._sides)
-        log(f"{kind} {repeat + 1}: {times}")
+        log(f"{kind} {repeat}: {times}" if repeat > 0 else f"{kind}, warming up: {times}")
         return run
 
 
