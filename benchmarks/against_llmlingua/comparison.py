@@ -96,24 +96,25 @@ class Comparison:
     def _single(self) -> tuple[dict[str, Any], dict[str, float]]:
         """One prompt at a time, cold and warm; and what the first call of each side took."""
         budget = self._plan.budget
-        prompts = [self._maker.prompt() for _ in range(self._plan.warm_ups + self._plan.repeats)]
+        skipped = self._plan.warm_ups
+        prompts = [self._maker.prompt() for _ in range(skipped + self._plan.repeats)]
         cold, warm = [], []
-        for i, prompt in enumerate(prompts, start=1 - self._plan.warm_ups):
+        for i, prompt in enumerate(prompts, start=1 - skipped):
             cold.append(self._logged("cold", i, self._in_turns([prompt])))
             warm.append(self._logged("warm", i, self._in_turns([self._with_new_question(prompt)])))
         first = {name: answer["seconds"] for name, answer in cold[0].items()}
-        prompts, cold, warm = (runs[self._plan.warm_ups :] for runs in (prompts, cold, warm))
-        sizes = [len(self._encode(whole_text(prompt))) for prompt in prompts]
+        timed = prompts[skipped:]
+        sizes = [len(self._encode(whole_text(prompt))) for prompt in timed]
         return {
             "prompts": {
                 "tokens": median(sizes),
                 "fewest_tokens": min(sizes),
                 "most_tokens": max(sizes),
-                "demonstrations": median(len(prompt["demonstrations"]) for prompt in prompts),
+                "demonstrations": median(len(prompt["demonstrations"]) for prompt in timed),
                 "budget": budget,
             },
-            "cold": self._summaries(cold),
-            "warm": self._summaries(warm),
+            "cold": self._summaries(cold[skipped:]),
+            "warm": self._summaries(warm[skipped:]),
         }, first
 
     def _batch(self) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
