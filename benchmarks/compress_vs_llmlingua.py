@@ -78,7 +78,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    started = datetime.now(UTC)
+    started, commit = datetime.now(UTC), git_commit()
     load_before = os.getloadavg()
     device = pick_device(options.device).type
     dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")
@@ -112,7 +112,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": command(options),
         "date": started.isoformat(timespec="seconds"),
-        "commit": git_commit(),
+        "commit": commit,
         "terselm": version("terselm"),
         "hardware": describe_hardware(),
         "load_average": {"before": load_before, "after": os.getloadavg()},

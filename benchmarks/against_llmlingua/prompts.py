@@ -94,10 +94,12 @@ class PromptMaker:
         while len(demonstrations) < len(self._material.examples):
             if not self._pile:
                 self._pile = self._random.sample(self._material.examples, len(self._material.examples))
-            size = self._count(self._pile[-1])
+            text = self._numbered(self._pile[-1])
+            size = self._count(f"\n\n{text}")
             if demonstrations and size / 2 > room:
                 break
-            demonstrations.append(self._numbered(self._pile.pop()))
+            demonstrations.append(text)
+            self._pile.pop()
             room -= size
         return Prompt(instruction=instruction, demonstrations=demonstrations, question=question)
 
