@@ -115,6 +115,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "commit": commit,
         "terselm": version("terselm"),
         "hardware": describe_hardware(),
+        "order": "the sides take turns on every prompt and batch",
         "load_average": {"before": load_before, "after": os.getloadavg()},
         "model": {"name": name, "device": device, "dtype": dtype},
         "source": material.source,
