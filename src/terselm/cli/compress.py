@@ -1,10 +1,9 @@
-"""The ``terselm`` command. Results go to standard output, everything else to standard error."""
+"""Commands that compress: ``compress`` and ``compress-file``."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import sys
 from pathlib import Path
@@ -12,17 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from terselm.errors import ConfigError, DataFormatError, TerseLMError
+from terselm.cli.app import app, quieten_transformers
+from terselm.errors import ConfigError, DataFormatError
 
 if TYPE_CHECKING:
     from terselm.compress.protect import Keep
-
-app = typer.Typer(
-    help="Shorten prompts for a large target LLM with a small LM that was aligned to it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 
 _log = logging.getLogger(__name__)
 
@@ -35,29 +28,6 @@ _Keep = Annotated[list[str] | None, typer.Option(help="Literal text that must su
 _KeepRegex = Annotated[list[str] | None, typer.Option(help="The same as a regular expression.")]
 _KeepPreset = Annotated[list[str] | None, typer.Option(help="numbers, urls or code_fences.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
-
-
-def main() -> None:
-    """Run the command line; the user's mistakes end with one sentence and exit status 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "httpx2", "transformers", "huggingface_hub"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        app()
-    except TerseLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-@app.command()
-def convert(name: Annotated[str, typer.Argument(help="Alias of a model, such as smollm2-135m.")]) -> None:
-    """Convert an alias's weights into the cache and print the folder."""
-    from terselm.models import convert_alias
-
-    _quieten_transformers()
-    print(convert_alias(name))
 
 
 @app.command()
@@ -97,7 +67,7 @@ def compress(
     settings = load_config(CompressionSettings, config)
     from terselm.compress.compressor import PromptCompressor
 
-    _quieten_transformers()
+    quieten_transformers()
     compressor = PromptCompressor.from_pretrained(model, device=device, settings=settings)
     result = compressor.compress_batch([asked], budget=budget, rate=rate, keep=protected, counter=counter)[0]
     print(json.dumps(result.to_dict(tokens=tokens), ensure_ascii=False, indent=2) if as_json else result.text)
@@ -144,7 +114,7 @@ def compress_file(
     )
 
     def load() -> PromptCompressor:
-        _quieten_transformers()
+        quieten_transformers()
         share_out_cores()
         own = current_process().claim_device(device)
         return PromptCompressor.from_pretrained(model, device=own, settings=settings.compression)
@@ -152,43 +122,6 @@ def compress_file(
     if (summary := compress_rows(source, out, load, settings)) is not None:
         _log.info(summary)
         print(out)
-
-
-@app.command()
-def publish(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    to: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")],
-    dtype: Annotated[str, typer.Option(help="Number format of the stored weights: float32 or bfloat16.")] = "float32",
-) -> None:
-    """Merge a run's adapter into its base model and write a checkpoint that stands by itself."""
-    _need("train", "peft")
-    from terselm.train.config import Precision
-    from terselm.train.publish import publish as publish_run
-
-    try:
-        precision = Precision(dtype)
-    except ValueError:
-        raise ConfigError(f"unknown dtype {dtype!r}; expected float32 or bfloat16") from None
-    _quieten_transformers()
-    print(publish_run(run, to, dtype=precision).path)
-
-
-@app.command()
-def collect(
-    instructions: Annotated[Path, typer.Option(help="JSONL file of instructions.")],
-    out: Annotated[Path, typer.Option(help="JSONL file of records to write.")],
-    config: Annotated[Path | None, typer.Option(help="YAML file with collection settings.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings.")] = None,
-) -> None:
-    """Ask a local target LLM and write what it answers."""
-    from terselm.config import load_config
-    from terselm.data.collect import collect_local
-    from terselm.data.instructions import read_instructions
-    from terselm.data.requests import CollectSettings
-
-    settings = load_config(CollectSettings, config, overrides or [])
-    _quieten_transformers()
-    print(collect_local(list(read_instructions(instructions)), out, settings))
 
 
 def _parts(
@@ -245,17 +178,3 @@ def _protected(literals: list[str], regexes: list[str], presets: list[str]) -> l
         except ValueError:
             raise ConfigError(f"unknown preset {preset!r}; expected one of {', '.join(Preset)}") from None
     return keep
-
-
-def _need(extra: str, module: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec(module) is None:
-        raise ConfigError(f"this command needs {module}; run: pip install 'terselm[{extra}]'")
-
-
-def _quieten_transformers() -> None:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
