@@ -36,6 +36,7 @@ class BudgetController:
         demonstrations: free tokens of each demonstration.
         separators: tokens of the separators between the parts that take part, for a set of selected demonstrations.
         k, instruction_rate, question_rate: see `CompressionSettings`.
+        pinned: demonstrations that are selected ahead of all others.
         select_all: every demonstration takes part (an ablation).
     """
 
@@ -47,6 +48,7 @@ class BudgetController:
     k: float
     instruction_rate: float
     question_rate: float
+    pinned: Collection[int] = ()
     select_all: bool = False
 
     @cached_property
@@ -72,7 +74,8 @@ class BudgetController:
     @property
     def needs_perplexity(self) -> bool:
         """False where the selection is the same for any order of the demonstrations."""
-        if self.select_all or self._rate == 0 or len(self._eligible) < 2:
+        ranked = sum(i not in self.pinned for i in self._eligible)
+        if self.select_all or self._rate == 0 or ranked < 2:
             return False
         all_fit = self.k * self._rate * self._total >= self._total
         return not (all_fit and self._room(self._eligible) - self._need >= len(self._eligible))
@@ -102,8 +105,8 @@ class BudgetController:
         limit = self.k * self._rate * self._total
         selected: list[int] = []
         length = 0
-        for i in sorted(self._eligible, key=lambda i: (-perplexities[i], i)):
-            if length > limit:
+        for i in sorted(self._eligible, key=lambda i: (0, 0.0, i) if i in self.pinned else (1, -perplexities[i], i)):
+            if length > limit and i not in self.pinned:
                 break
             selected.append(i)
             length += self.demonstrations[i]

@@ -18,7 +18,7 @@ from terselm.compress.prompt import Part, Prompt
 from terselm.compress.protect import Keep, compile_keep
 from terselm.compress.reader import Reader
 from terselm.compress.result import CompressionResult
-from terselm.compress.settings import CompressionSettings, Selection
+from terselm.compress.settings import CompressionSettings, Order, Selection
 from terselm.compress.surprisal import SurprisalEngine
 from terselm.compress.target import targets
 from terselm.compress.units import Ints
@@ -57,13 +57,14 @@ class PromptCompressor:
         instruction: str = "",
         demonstrations: Sequence[str] = (),
         question: str = "",
+        pinned: Sequence[int] = (),
         budget: int | None = None,
         rate: float | None = None,
         keep: Sequence[Keep] = (),
         counter: Count | str | None = None,
     ) -> CompressionResult:
-        """Compress one prompt; see `compress_batch`."""
-        prompt = Prompt(instruction=instruction, demonstrations=demonstrations, question=question)
+        """Compress one prompt; see `Prompt` and `compress_batch`."""
+        prompt = Prompt(instruction=instruction, demonstrations=demonstrations, question=question, pinned=pinned)
         return self.compress_batch([prompt], budget=budget, rate=rate, keep=keep, counter=counter)[0]
 
     def compress_text(
@@ -123,7 +124,13 @@ class PromptCompressor:
             for job in jobs:
                 job.ranks = job.random.random(len(job.demonstrations)).tolist()
         else:
-            self._reader.read_demonstrations([job for job in jobs if job.controller.needs_perplexity])
+            ranked = self.settings.order is Order.RANKED
+            self._reader.read_demonstrations(
+                [job for job in jobs if job.controller.needs_perplexity or (ranked and len(job.demonstrations) > 1)]
+            )
+        if self.settings.order is Order.RANKED:
+            for job in jobs:
+                self._preparer.rank(job)
 
     def _stage_two(self, job: Job, plan: BudgetPlan) -> IterativeCompression:
         layout = job.layout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -74,6 +74,23 @@ class Layout:
 
     def holds_protected(self, piece: int) -> bool:
         return bool(self.protected[self.edges[piece] : self.edges[piece + 1]].any())
+
+    def reordered(self, order: Sequence[int]) -> Layout:
+        """The same pieces in another order, which names each once."""
+        cuts = [slice(self.edges[n], self.edges[n + 1]) for n in order]
+        tokens = [self.piece_ids(n) for n in order]
+        begins = np.cumsum([0, *(len(ids) for ids in tokens)])
+        first = [self.first[cut] - self.first[cut.start] + begin for cut, begin in zip(cuts, begins, strict=False)]
+        return replace(
+            self,
+            pieces=[self.pieces[n] for n in order],
+            edges=np.cumsum([0, *(cut.stop - cut.start for cut in cuts)]),
+            ids=_concatenate(tokens),
+            first=np.append(_concatenate(first), begins[-1]),
+            starts=_concatenate([self.starts[cut] for cut in cuts]),
+            ends=_concatenate([self.ends[cut] for cut in cuts]),
+            protected=np.concatenate([self.protected[cut] for cut in cuts]),
+        )
 
     def text(self, kept: Mask) -> str:
         """The text of some units, cut from the source. ``kept``: ``(n_units,)``."""

@@ -50,12 +50,29 @@ class Preparer:
         count = counter or self._count
         originals = count_all(count, [layout.text(np.ones(len(layout), dtype=bool)) for layout in layouts])
         jobs = []
-        for layout, target, original in zip(layouts, targets, originals, strict=True):
+        for prompt, layout, target, original in zip(prompts, layouts, targets, originals, strict=True):
             budget = target.tokens(original, layout, count)
             small = budget if counter is None else budget * layout.total_tokens // max(1, original)
-            controller = self._controller(layout, small)
+            controller = self._controller(layout, small, prompt.pinned)
             jobs.append(Job(layout=layout, controller=controller, count=count, original=original, budget=budget))
         return jobs
+
+    def rank(self, job: Job) -> None:
+        """Put the demonstrations of a job whose perplexities are known in descending order of these."""
+        old, perplexities = job.layout, job.perplexities()
+        order = sorted(range(len(job.demonstrations)), key=lambda i: (-perplexities[i], i))
+        numbers = [
+            *old.numbers(Part.INSTRUCTION),
+            *(job.demonstrations[i] for i in order),
+            *old.numbers(Part.QUESTION),
+        ]
+        budget = job.controller.budget + int(old.cost[old.protected].sum())
+        pinned = [old.pieces[job.demonstrations[i]].index for i in job.controller.pinned]
+        layout = old.reordered(numbers)
+        job.layout, job.controller = layout, self._controller(layout, budget, pinned)
+        job.coarse = {numbers.index(n): values for n, values in job.coarse.items()}
+        if job.ranks is not None:
+            job.ranks = [job.ranks[i] for i in order]
 
     def _layout(self, prompt: Prompt, units: dict[str, Units], patterns: Sequence[re.Pattern[str]]) -> Layout:
         pieces = prompt.pieces()
@@ -71,7 +88,7 @@ class Preparer:
             raise PromptError("the prompt is empty; give an instruction, demonstrations or a question")
         return layout
 
-    def _controller(self, layout: Layout, budget: int) -> BudgetController:
+    def _controller(self, layout: Layout, budget: int, pinned: Collection[int]) -> BudgetController:
         numbers = {part: layout.numbers(part) for part in Part}
         always = {*numbers[Part.INSTRUCTION], *numbers[Part.QUESTION]}
         always |= {n for n in numbers[Part.DEMONSTRATION] if layout.holds_protected(n)}
@@ -96,6 +113,7 @@ class Preparer:
             k=settings.k,
             instruction_rate=rates[0],
             question_rate=rates[1],
+            pinned=[i for i, n in enumerate(numbers[Part.DEMONSTRATION]) if layout.pieces[n].index in pinned],
             select_all=settings.ablations.selection is Selection.ALL,
         )
 

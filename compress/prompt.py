@@ -34,13 +34,17 @@ class Piece:
 class Prompt:
     """An instruction, demonstrations (or retrieved documents), and a question; each may be absent.
 
+    Attributes:
+        pinned: numbers, from 0, of demonstrations that take part ahead of all others, whatever their perplexity.
+
     Raises:
-        PromptError: one is not a string, or not valid Unicode.
+        PromptError: a text is not a string, or not valid Unicode; a pinned demonstration that there is not.
     """
 
     instruction: str = ""
     demonstrations: Sequence[str] = ()
     question: str = ""
+    pinned: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.demonstrations, str):
@@ -53,6 +57,7 @@ class Prompt:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise PromptError(f"{name} holds half a surrogate pair at character {error.start}") from None
+        self._check_pinned()
 
     def pieces(self) -> list[Piece]:
         """What is not empty, in the order instruction, demonstrations, question."""
@@ -60,6 +65,17 @@ class Prompt:
         pieces += [Piece(part=Part.DEMONSTRATION, index=i, text=text) for i, text in enumerate(self.demonstrations)]
         pieces.append(Piece(part=Part.QUESTION, index=0, text=self.question))
         return [piece for piece in pieces if piece.text]
+
+    def _check_pinned(self) -> None:
+        if not isinstance(self.pinned, Sequence) or isinstance(self.pinned, str):
+            raise PromptError(f"pinned is {self.pinned!r}; expected a list of numbers of demonstrations")
+        object.__setattr__(self, "pinned", tuple(self.pinned))
+        count = len(self.demonstrations)
+        for number in self.pinned:
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < count:
+                raise PromptError(
+                    f"pinned holds {number!r}, but the prompt has {count} demonstrations; they are numbered from 0"
+                )
 
     def _named(self) -> list[tuple[str, str]]:
         named = [(f"demonstrations[{i}]", text) for i, text in enumerate(self.demonstrations)]

@@ -16,6 +16,13 @@ class UnitKind(StrEnum):
     WORD = "word"
 
 
+class Order(StrEnum):
+    """In which order the demonstrations stand in the compressed prompt."""
+
+    ORIGINAL = "original"
+    RANKED = "ranked"  # the most surprising first
+
+
 class Selection(StrEnum):
     """Which demonstrations Stage 1 lets through."""
 
@@ -63,6 +70,7 @@ class CompressionSettings:
         segment_size: tokens that are scored before the first of them are dropped, ≥ 1.
         separator: what joins instruction, demonstrations and question; may be empty.
         unit: the smallest thing that is kept or dropped.
+        order: of the demonstrations, before Stage 2 reads them.
         cache_bytes: memory for surprisals of earlier prompts, so that repeated demonstrations are not read again.
         ablations: parts of the algorithm taken out.
 
@@ -78,6 +86,7 @@ class CompressionSettings:
     segment_size: int = 100
     separator: str = "\n\n"
     unit: UnitKind = UnitKind.TOKEN
+    order: Order = Order.ORIGINAL
     cache_bytes: int = 64 << 20
     ablations: Ablations = field(default_factory=Ablations)
 
@@ -92,6 +101,7 @@ class CompressionSettings:
         if self.cache_bytes < 0:
             raise ConfigError(f"cache_bytes is {self.cache_bytes}; expected a number of bytes, 0 for no cache")
         _to_enum(self, "unit", UnitKind)
+        _to_enum(self, "order", Order)
 
 
 def _to_enum(config: object, name: str, kind: type[StrEnum]) -> None:

@@ -13,7 +13,7 @@ from terselm.compress.target import Target
 from terselm.data.jsonl import Json
 from terselm.errors import BudgetError, PromptError
 
-_PARTS = ("instruction", "demonstrations", "question")
+_PARTS = ("instruction", "demonstrations", "question", "pinned")
 _FORMS = "text, prompt, or instruction, demonstrations and question"
 RESULT_KEYS = ("compressed", "original_tokens", "compressed_tokens", "ratio", "selected")
 READ_KEYS = frozenset((*_PARTS, "text", "prompt", "budget", "rate"))

@@ -60,6 +60,7 @@ def run_compressor(lm: Any, case: Case) -> Any:
         instruction=case.prompt.instruction,
         demonstrations=list(case.prompt.demonstrations),
         question=case.prompt.question,
+        pinned=case.prompt.pinned,
         budget=case.budget,
         rate=case.rate,
         keep=case.keep,

@@ -196,7 +196,14 @@ def compress(
     length = sum(unit.cost for unit in everything) + len(separator) * (len(pieces) - 1)
     target = budget if counter is None else budget * length // total
 
-    chosen, shares = control_budget(pieces, target, len(separator), settings, lambda piece: read_alone(lm, piece))
+    chosen, shares = control_budget(
+        pieces, target, len(separator), settings, lambda piece: read_alone(lm, piece), prompt.pinned
+    )
+    if settings.order == "ranked":
+        rank = {"instruction": 0, "demonstration": 1, "question": 2}
+        pieces.sort(key=lambda piece: (rank[piece.part], -piece.perplexity if piece.part == "demonstration" else 0.0))
+        everything = [unit for piece in pieces for unit in piece.units]
+        chosen = [piece for piece in pieces if piece in chosen]
     of = {part: [p for p in pieces if p.part == part] for part in ("instruction", "demonstration", "question")}
     parts = [
         ([unit for piece in of["instruction"] for unit in piece.units], shares.instruction),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,12 @@ def round_half_up(x: float) -> int:
 
 
 def control_budget(
-    pieces: list[Piece], target: int, separator: int, settings: Any, read: Callable[[Piece], None]
+    pieces: list[Piece],
+    target: int,
+    separator: int,
+    settings: Any,
+    read: Callable[[Piece], None],
+    pinned: Sequence[int] = (),
 ) -> tuple[list[Piece], Shares]:
     """The selected demonstrations in source order, and the budgets; ``read`` sets a demonstration's perplexity."""
     demonstrations = [piece for piece in pieces if piece.part == "demonstration"]
@@ -48,8 +53,13 @@ def control_budget(
         for piece in demonstrations:
             read(piece)
     chosen: list[Piece] = []
-    for piece in sorted(demonstrations, key=lambda piece: -piece.perplexity):  # stable: of equals, the earlier first
-        if tau_dems > 0 and piece.free and sum(d.free for d in chosen) <= k * tau_dems * dems:
+    ranked = sorted(demonstrations, key=lambda piece: -piece.perplexity)  # stable: of equals, the earlier first
+    for piece in demonstrations:
+        if tau_dems > 0 and piece.free and piece.index in pinned:
+            chosen.append(piece)
+    for piece in ranked:
+        fits = sum(d.free for d in chosen) <= k * tau_dems * dems
+        if tau_dems > 0 and piece.free and piece not in chosen and fits:
             chosen.append(piece)
     while chosen and room(chosen) - need < len(chosen):
         chosen.pop()

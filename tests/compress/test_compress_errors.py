@@ -53,6 +53,11 @@ def test_text_that_is_not_unicode(compressor: PromptCompressor, part: str) -> No
     fails(PromptError, lambda: compressor.compress(**arguments, rate=0.5))
 
 
+@pytest.mark.parametrize("pinned", [[2], [-1], [True], ["0"], "0", 0, [0.0]])
+def test_pinned_demonstration_that_there_is_not(compressor: PromptCompressor, pinned: Any) -> None:
+    fails(PromptError, lambda: compressor.compress(demonstrations=["one", "two"], pinned=pinned, rate=0.5))
+
+
 @pytest.mark.parametrize("budget", [0, -1, -100])
 def test_budget_below_one(compressor: PromptCompressor, budget: int) -> None:
     assert str(budget) in fails(BudgetError, lambda: compressor.compress_text(TEXT, budget=budget))

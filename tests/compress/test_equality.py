@@ -5,14 +5,18 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from agreement import Case, assert_agrees, count_bytes, count_with_overhead, count_words
 from fakes import random_lm
 
-from terselm import CompressionSettings, Prompt
+from terselm import CompressionSettings, Prompt, PromptCompressor
 from terselm.compress.protect import Preset
+from terselm.compress.settings import Order
+from terselm.compress.surprisal import SurprisalEngine
 
 INSTRUCTION = "Answer the question below. Use the examples, think step by step, and end with one number."
 APPLES = "Question: Sam had 12 apples and gave 5 away.\nLet's think step by step. 12 - 5 = 7. The answer is 7."
@@ -31,6 +35,10 @@ TEXTS = [INSTRUCTION, APPLES, BOOKS, TRAIN, QUESTION, CHINESE, JAPANESE, EMOJI, 
 ODD_TEXTS = [" ", "\n\n", "\t", "a", "é", "👍", "x y", " \r\n ", "7"]
 KINDS = ["llama", "gpt2", "gemma"]
 SMALL = CompressionSettings(segment_size=20)
+
+
+def ids_of(lm: Any, text: str) -> Any:
+    return np.array(lm.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,6 +71,40 @@ def test_three_parts(kind: str, rate: float) -> None:
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.9])
 def test_shapes(prompt: Prompt, rate: float) -> None:
     assert_agrees(random_lm(), Case(prompt=prompt, settings=SMALL, rate=rate))
+
+
+@pytest.mark.parametrize("pinned", [(), (2,), (3, 0), (0, 1, 2, 3)])
+@pytest.mark.parametrize("order", ["original", "ranked"])
+@pytest.mark.parametrize("rate", [0.2, 0.35, 0.5, 0.8])
+def test_pinned_and_ranked(pinned: tuple[int, ...], order: str, rate: float) -> None:
+    prompt = Prompt(
+        instruction=INSTRUCTION, demonstrations=(APPLES, BOOKS, TRAIN, CODE), question=QUESTION, pinned=pinned
+    )
+    settings = CompressionSettings(segment_size=20, order=order)  # type: ignore[arg-type]
+    assert_agrees(random_lm(), Case(prompt=prompt, settings=settings, rate=rate, keep=["eggs", "sh"]))
+
+
+def test_a_pinned_demonstration_takes_the_place_of_another() -> None:
+    prompt = Prompt(instruction="Answer.", demonstrations=(APPLES, BOOKS, TRAIN, CODE), question=QUESTION)
+    compressor = PromptCompressor(random_lm(), settings=SMALL)
+    free = compressor.compress_batch([prompt], budget=60)[0].selected
+    missing = next(i for i in range(4) if i not in free)
+    assert compressor.compress_batch([replace(prompt, pinned=[missing])], budget=60)[0].selected != free
+    assert missing in compressor.compress_batch([replace(prompt, pinned=[missing])], budget=60)[0].selected
+
+
+def test_ranked_demonstrations_stand_in_descending_order_of_perplexity() -> None:
+    prompt = Prompt(instruction="Answer.", demonstrations=(APPLES, BOOKS, TRAIN, CODE), question=QUESTION)
+    settings = CompressionSettings(segment_size=20, order=Order.RANKED)
+    lm = random_lm()
+    result = PromptCompressor(lm, settings=settings).compress_batch([prompt], rate=0.7)[0]
+    alone = [np.mean(SurprisalEngine(lm).score_texts([ids_of(lm, text)])[0]) for text in prompt.demonstrations]
+    assert result.selected == tuple(i for i in np.argsort(alone)[::-1] if i in result.selected)
+    assert len(result.selected) > 1
+    rebuilt = {
+        i: "".join(t.text for t in result.tokens if t.part == "demonstration" and t.index == i) for i in range(4)
+    }
+    assert tuple(rebuilt.values()) == prompt.demonstrations
 
 
 @pytest.mark.parametrize("text", TEXTS + ODD_TEXTS)
@@ -147,6 +189,7 @@ def test_random_calls(seed: int) -> None:
         segment_size=size,
         separator=chance.choice(["\n\n", "\n\n", " ", ""]),
         unit=chance.choice(["token", "token", "word"]) if window == 4096 else "token",
+        order=Order.RANKED if seed % 3 == 0 else Order.ORIGINAL,
     )
     case = Case(
         prompt=random_prompt(chance),
@@ -174,5 +217,8 @@ def random_prompt(chance: random.Random) -> Prompt:
         demonstrations.append(demonstrations[0])
     instruction = text() if chance.random() < 0.6 or not demonstrations else ""
     return Prompt(
-        instruction=instruction, demonstrations=tuple(demonstrations), question=text() if chance.random() < 0.6 else ""
+        instruction=instruction,
+        demonstrations=tuple(demonstrations),
+        question=text() if chance.random() < 0.6 else "",
+        pinned=[i for i in range(len(demonstrations)) if chance.random() < 0.1],
     )

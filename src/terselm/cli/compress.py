@@ -157,7 +157,7 @@ def _read_prompt(path: Path) -> dict[str, Any]:
         values = json.loads(_read(path))
     except json.JSONDecodeError as error:
         raise DataFormatError(path, error.lineno, f"broken JSON: {error.msg}") from None
-    known = ("instruction", "demonstrations", "question")
+    known = ("instruction", "demonstrations", "question", "pinned")
     if not isinstance(values, dict) or not values.keys() <= set(known):
         raise DataFormatError(path, None, f"expected a JSON object with some of the keys {', '.join(known)}")
     return values
