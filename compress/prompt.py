@@ -67,7 +67,7 @@ class Prompt:
         return [piece for piece in pieces if piece.text]
 
     def _check_pinned(self) -> None:
-        if not isinstance(self.pinned, Sequence) or isinstance(self.pinned, str):
+        if isinstance(self.pinned, int | str):
             raise PromptError(f"pinned is {self.pinned!r}; expected a list of numbers of demonstrations")
         object.__setattr__(self, "pinned", tuple(self.pinned))
         count = len(self.demonstrations)

@@ -49,7 +49,7 @@ class Target:
         assert self.rate is not None
         budget = math.floor(self.rate * original)
         if budget < min(1, original):
-            smallest = smallest_budget(layout, count)
+            smallest = max(1, smallest_budget(layout, count))
             raise BudgetError(
                 f"a rate of {self.rate} leaves none of {original} tokens; the smallest budget that could work is "
                 f"{smallest}",

@@ -189,6 +189,9 @@ def compress(
     if budget is None:
         assert rate is not None
         budget = math.floor(rate * total)
+        if budget == 0 < total:
+            smallest = max(1, smallest_budget(everything, count, settings.separator))
+            raise BudgetError("the rate leaves nothing", smallest=smallest)
     numbers = tuple(piece.index for piece in pieces if piece.part == "demonstration")
     if total <= budget:
         return Answer(original, total, total, numbers, everything, [True] * len(everything))
