@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from terselm.train.varlen import UnsupportedAttentionError
+
 PACKED_ATTENTION = "terselm_packed"
 
 _SHORT = 256  # tokens; the probabilities of longer examples would take too much memory until the backward pass
 _UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some models add to attention, and we do not
-
-
-class UnsupportedAttentionError(Exception):
-    """The model's attention does more than `packed_attention` knows."""
 
 
 def register() -> None:

@@ -1,4 +1,4 @@
-"""Negative log-likelihood of the counted tokens, without logits for all the others."""
+"""Surprisals of the wanted tokens of packed rows, without logits for all the others."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from terselm.errors import ModelError
-from terselm.train.attention import PACKED_ATTENTION, UnsupportedAttentionError, register
+from terselm.train import attention, varlen
+from terselm.train.attention import PACKED_ATTENTION
+from terselm.train.log_probabilities import surprisals
 from terselm.train.packing import IGNORED
+from terselm.train.varlen import VARLEN_ATTENTION, UnsupportedAttentionError, spans_of
 
 _PROBE = 16  # tokens
-_CHUNK = 1024  # positions whose logits are in memory at once: 200 MB in float32 for 49,152 tokens
 
 
 def score_instead_of_logits(lm: Any, *, autocast: torch.dtype | None) -> None:
-    """Make a transformers causal LM return the surprisal of each labelled token, in nats, instead of logits.
+    """Make a transformers causal LM return surprisals, in nats, instead of logits.
 
     Afterwards ``lm(input_ids, position_ids, labels)``, all ``(B, T)``, gives ``(n,)`` float32, in row-major order of
-    the labels that are not `IGNORED`. It is done inside ``forward`` because wrappers such as DDP act on that alone.
+    the labels that are not `IGNORED`. With ``at`` and ``wanted`` in place of labels it gives, in the shape of
+    ``wanted``, the surprisal of other tokens, and a GPU is not asked where the labels are. It is done inside
+    ``forward`` because wrappers such as DDP act on that alone.
 
     Args:
         lm: changed in place.
@@ -33,16 +36,40 @@ def score_instead_of_logits(lm: Any, *, autocast: torch.dtype | None) -> None:
         ModelError: packed rows do not give what the model itself gives for each example alone.
     """
 
-    def forward(input_ids: Tensor, position_ids: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    def forward(
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor | None = None,
+        at: Tensor | None = None,
+        wanted: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """``at`` ``(n,)``: places in the flattened rows; ``wanted`` ``(n,)`` or ``(n, K)``: tokens after them."""
+        if at is None or wanted is None:
+            assert labels is not None
+            at = (labels != IGNORED).flatten().nonzero().flatten()
+            wanted = labels.flatten()[at]
         place = input_ids.device.type
         with torch.autocast(place, dtype=autocast) if autocast is not None else nullcontext():
-            # A cache would switch off the mask between packed examples.
-            hidden = lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-            counted = labels != IGNORED
-            return _surprisals(lm, hidden[counted], labels[counted])
+            hidden = _last_states(lm, input_ids, position_ids, cu_seqlens)
+            return surprisals(lm, hidden.flatten(0, 1)[at], wanted)
 
     _choose_attention(lm, forward)
     lm.forward = forward
+
+
+def _last_states(lm: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """``(B, T, H)``, or the same tokens in one row."""
+    inputs = {"input_ids": input_ids, "position_ids": position_ids}
+    extra: dict[str, Any] = {}
+    if lm.config._attn_implementation == VARLEN_ATTENTION:
+        spans = spans_of(position_ids) if cu_seqlens is None else cu_seqlens
+        extra = {"cu_seqlens": spans, "longest": input_ids.shape[1]}
+        inputs = {name: tensor.reshape(1, -1) for name, tensor in inputs.items()}
+    # A cache would switch off the mask between packed examples.
+    states: Tensor = lm.base_model(**inputs, **extra, use_cache=False).last_hidden_state
+    return states
 
 
 @torch.no_grad()
@@ -54,10 +81,8 @@ def _choose_attention(lm: Any, forward: Callable[..., Tensor]) -> None:
     labels = torch.cat([ids[1:], ids.new_tensor([IGNORED])])
     twice = {"input_ids": ids, "position_ids": torch.arange(_PROBE, device=lm.device), "labels": labels}
     packed = {name: tensor.repeat(2)[None] for name, tensor in twice.items()}
-    its_own = lm.config._attn_implementation
-    register()
-    for attention in (PACKED_ATTENTION, its_own) if lm.device.type == "cpu" else (its_own,):
-        lm.set_attn_implementation(attention)
+    for implementation in _candidates(lm):
+        lm.set_attn_implementation(implementation)
         try:
             found = forward(**packed)
         except UnsupportedAttentionError:
@@ -70,23 +95,14 @@ def _choose_attention(lm: Any, forward: Callable[..., Tensor]) -> None:
     )
 
 
-def _surprisals(lm: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """``(n, H)`` hidden states and ``(n,)`` tokens to ``(n,)`` float32 nats, a chunk at a time."""
-    if len(targets) <= _CHUNK:
-        return _chunk_surprisals(lm, hidden, targets)
-    chunks = zip(torch.split(hidden, _CHUNK), torch.split(targets, _CHUNK), strict=True)
-    if not torch.is_grad_enabled():
-        return torch.cat([_chunk_surprisals(lm, *chunk) for chunk in chunks])
-    # Logits are recomputed in the backward pass rather than kept.
-    return torch.cat([checkpoint(_chunk_surprisals, lm, *chunk, use_reentrant=False) for chunk in chunks])
-
-
-def _chunk_surprisals(lm: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    return functional.cross_entropy(_logits(lm, hidden), targets, reduction="none")
-
-
-def _logits(lm: Any, hidden: Tensor) -> Tensor:
-    """``(n, V)`` float32."""
-    logits: Tensor = lm.get_output_embeddings()(hidden).float()
-    cap = getattr(lm.config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+def _candidates(lm: Any) -> list[str]:
+    """Attention implementations, the fastest first; the last is the model's own."""
+    its_own = lm.config._attn_implementation
+    attention.register()
+    varlen.register()
+    match lm.device.type:
+        case "cpu":
+            return [PACKED_ATTENTION, its_own]
+        case "cuda" if varlen.is_available():
+            return [VARLEN_ATTENTION, its_own]
+    return [its_own]

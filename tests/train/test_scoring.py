@@ -12,7 +12,7 @@ from tiny_training import example, make_model, surprisals
 from torch import Tensor
 
 from terselm.errors import ModelError
-from terselm.train import scoring
+from terselm.train import log_probabilities
 from terselm.train.attention import PACKED_ATTENTION
 from terselm.train.config import LoraSettings
 from terselm.train.lora import add_adapter
@@ -41,8 +41,8 @@ def reference(lm: Any, batch: dict[str, Tensor]) -> Tensor:
 def test_it_equals_the_float64_reference(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, chunk: int, cap: float | None
 ) -> None:
-    monkeypatch.setattr(scoring, "_CHUNK", chunk)
     lm = make_model(len(tokenizer))
+    monkeypatch.setitem(log_probabilities._LOGITS_AT_ONCE, "cpu", chunk * len(tokenizer))
     if cap is not None:
         lm = with_soft_cap(lm, cap)
     with torch.no_grad():
@@ -54,15 +54,58 @@ def test_it_equals_the_float64_reference(
 
 
 @pytest.mark.parametrize("chunk", [7, 1024])
-def test_its_gradient_equals_the_reference(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(scoring, "_CHUNK", chunk)
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_its_gradient_equals_the_reference(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, chunk: int, frozen_head: bool, cap: float | None
+) -> None:
     lm = make_model(len(tokenizer))
+    monkeypatch.setitem(log_probabilities._LOGITS_AT_ONCE, "cpu", chunk * len(tokenizer))
+    lm = lm if cap is None else with_soft_cap(lm, cap)
+    lm.get_output_embeddings().weight.requires_grad_(not frozen_head)
     plain = copy.deepcopy(lm).double()
     reference_loss(plain).backward()
     score_instead_of_logits(lm, autocast=None)
     surprisals(lm, BATCH).sum().backward()
     for (name, ours), theirs in zip(lm.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-4, rtol=1e-4, msg=name)
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("chunk", [7, 1024])
+@pytest.mark.parametrize("kind", ["frozen", "trained", "module", "capped"])
+def test_several_tokens_a_position(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, chunk: int, kind: str) -> None:
+    """Values and gradients of any wanted tokens, against float64 log-softmax."""
+    monkeypatch.setitem(log_probabilities._LOGITS_AT_ONCE, "cpu", chunk * len(tokenizer))
+    if kind == "module":
+        monkeypatch.setattr(log_probabilities, "_is_plain", lambda head: False)
+    lm = make_model(len(tokenizer))
+    lm = with_soft_cap(lm, 2.0) if kind == "capped" else lm
+    head = lm.get_output_embeddings()
+    head.weight.requires_grad_(kind != "frozen")
+    torch.manual_seed(1)
+    states = torch.randn(20, lm.config.hidden_size, requires_grad=True)
+    wanted = torch.randint(len(tokenizer), (20, 3))
+    upstream = torch.randn(20, 3)
+    ours = log_probabilities.surprisals(lm, states, wanted)
+    logits = states.double() @ head.weight.double().T
+    logits = torch.tanh(logits / 2) * 2 if kind == "capped" else logits
+    expected = -torch.log_softmax(logits, -1).gather(1, wanted)
+    torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
+    inputs = [states] if kind == "frozen" else [states, head.weight]
+    theirs = torch.autograd.grad(expected, inputs, upstream.double())
+    for grad, wanted_grad in zip(torch.autograd.grad(ours, inputs, upstream), theirs, strict=True):
+        torch.testing.assert_close(grad.double(), wanted_grad.double(), atol=1e-5, rtol=1e-4)
+
+
+def test_wanted_tokens_at_given_places_are_the_labels(tokenizer: Any) -> None:
+    lm = make_model(len(tokenizer))
+    score_instead_of_logits(lm, autocast=None)
+    labels = BATCH["labels"].flatten()
+    at = (labels != IGNORED).nonzero().flatten()
+    inputs = {name: BATCH[name] for name in ("input_ids", "position_ids")}
+    with torch.inference_mode():
+        torch.testing.assert_close(lm(**inputs, at=at, wanted=labels[at]), surprisals(lm, BATCH))
 
 
 def reference_loss(lm: Any) -> Tensor:

@@ -1,0 +1,146 @@
+"""Surprisals of chosen tokens from hidden states, without (n, V) logits for all positions at once.
+
+Logits exist for some positions at a time, and are made again in the backward pass where they are needed there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from terselm.train.kernels import nll_and_slopes
+
+_LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}
+
+
+def surprisals(lm: Any, hidden: Tensor, wanted: Tensor) -> Tensor:
+    """−log p of tokens after hidden states.
+
+    Args:
+        lm: a transformers causal LM; of it the output head and a soft cap on its logits.
+        hidden: ``(n, H)``.
+        wanted: ``(n,)`` or ``(n, K)`` int64 token ids.
+
+    Returns:
+        float32 nats in the shape of ``wanted``.
+    """
+    head = lm.get_output_embeddings()
+    cap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
+    if not _is_plain(head):
+        return _through_the_module(head, hidden, wanted, cap)
+    if wanted.dim() == 1 and not head.weight.requires_grad:
+        return _FrozenHead.apply(hidden, head.weight, wanted, cap)  # type: ignore[no-any-return]
+    columns = wanted if wanted.dim() == 2 else wanted[:, None]
+    return _AnyHead.apply(hidden, head.weight, columns, cap).view_as(wanted)  # type: ignore[no-any-return]
+
+
+def _is_plain(head: Any) -> bool:
+    """One matrix that lies whole in this process; ZeRO-3, FSDP and adapters need their module's own forward."""
+    weight = getattr(head, "weight", None)
+    sharded = hasattr(weight, "ds_id") or hasattr(weight, "device_mesh")
+    return type(head) is torch.nn.Linear and head.bias is None and not sharded
+
+
+def _chunks(rows: int, vocabulary: int, device: torch.device) -> list[slice]:
+    size = max(1, _LOGITS_AT_ONCE.get(device.type, _LOGITS_AT_ONCE["cpu"]) // vocabulary)
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def _matmul_dtype(weight: Tensor) -> torch.dtype:
+    place = weight.device.type
+    return torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else weight.dtype
+
+
+def _logits(hidden: Tensor, weight: Tensor, cap: float | None) -> Tensor:
+    """``(n, V)``; float32 if they are capped."""
+    logits = hidden @ weight.T
+    return logits if cap is None else torch.tanh(logits.float() / cap) * cap
+
+
+class _FrozenHead(Function):
+    """The slope of each surprisal by its hidden state is made along the way, so the backward pass is one product.
+
+    d(−log p_t)/dh = Σ_v (p_v − [v = t]) W_v, which needs no gradient from above but as a factor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, wanted: Tensor, cap: float | None) -> Tensor:
+        matrix = weight.to(_matmul_dtype(weight))
+        nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in _chunks(len(hidden), len(weight), hidden.device):
+                logits = hidden[rows].to(matrix.dtype) @ matrix.T
+                nats[rows], by_logit = nll_and_slopes(logits, wanted[rows], cap, slopes=slopes is not None)
+                if slopes is not None and by_logit is not None:
+                    slopes[rows] = by_logit @ matrix
+        ctx.save_for_backward(slopes)
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (slopes,) = ctx.saved_tensors
+        return (upstream[:, None] * slopes).to(slopes.dtype), None, None, None
+
+
+class _AnyHead(Function):
+    """Several tokens a position, or a head that is trained: logits are made twice.
+
+    With s_k = −log p_k and upstream g_k: dL/dlogit_v = p_v Σ_k g_k − Σ_k g_k [v = k].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, wanted: Tensor, cap: float | None) -> Tensor:
+        ctx.dtype, ctx.cap = _matmul_dtype(weight), cap
+        matrix = weight.to(ctx.dtype)
+        nats = torch.empty(wanted.shape, dtype=torch.float32, device=hidden.device)
+        totals = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in _chunks(len(hidden), len(weight), hidden.device):
+                logits = _logits(hidden[rows].to(ctx.dtype), matrix, cap).float()
+                totals[rows] = logits.logsumexp(-1)
+                nats[rows] = totals[rows, None] - logits.gather(1, wanted[rows])
+        ctx.save_for_backward(hidden, weight, wanted, totals)
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
+        hidden, weight, wanted, totals = ctx.saved_tensors
+        matrix = weight.to(ctx.dtype)
+        by_hidden = torch.empty_like(hidden)
+        by_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for rows in _chunks(len(hidden), len(weight), hidden.device):
+            states = hidden[rows].to(ctx.dtype)
+            logits = _logits(states, matrix, ctx.cap).float()
+            slopes = (logits - totals[rows, None]).exp_().mul_(upstream[rows].sum(1, keepdim=True))
+            slopes.scatter_add_(1, wanted[rows], -upstream[rows])
+            if ctx.cap is not None:
+                slopes *= 1 - (logits / ctx.cap) ** 2
+            slopes = slopes.to(ctx.dtype)
+            by_hidden[rows] = slopes @ matrix
+            if by_weight is not None:
+                by_weight += slopes.T @ states
+        return by_hidden, None if by_weight is None else by_weight.to(weight.dtype), None, None
+
+
+def _through_the_module(head: Any, hidden: Tensor, wanted: Tensor, cap: float | None) -> Tensor:
+    def some(states: Tensor, tokens: Tensor) -> Tensor:
+        logits = head(states).float()
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        if tokens.dim() == 1:
+            return functional.cross_entropy(logits, tokens, reduction="none")
+        return logits.logsumexp(-1, keepdim=True) - logits.gather(1, tokens)
+
+    parts = []
+    for rows in _chunks(len(hidden), head.out_features, hidden.device) or [slice(0, 0)]:
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(some, hidden[rows], wanted[rows], use_reentrant=False))
+        else:
+            parts.append(some(hidden[rows], wanted[rows]))
+    return torch.cat(parts)
