@@ -29,21 +29,23 @@ def surprisals(lm: Any, hidden: Tensor, wanted: Tensor) -> Tensor:
     Returns:
         float32 nats in the shape of ``wanted``.
     """
-    head = lm.get_output_embeddings()
+    head: Any = lm.get_output_embeddings()
     cap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
     if not _is_plain(head):
         return _through_the_module(head, hidden, wanted, cap)
     if wanted.dim() == 1 and not head.weight.requires_grad:
-        return _FrozenHead.apply(hidden, head.weight, wanted, cap)  # type: ignore[no-any-return]
+        frozen: Tensor = _FrozenHead.apply(hidden, head.weight, wanted, cap)  # type: ignore[no-untyped-call]
+        return frozen
     columns = wanted if wanted.dim() == 2 else wanted[:, None]
-    return _AnyHead.apply(hidden, head.weight, columns, cap).view_as(wanted)  # type: ignore[no-any-return]
+    found: Tensor = _AnyHead.apply(hidden, head.weight, columns, cap)  # type: ignore[no-untyped-call]
+    return found.view_as(wanted)
 
 
 def _is_plain(head: Any) -> bool:
     """One matrix that lies whole in this process; ZeRO-3, FSDP and adapters need their module's own forward."""
-    weight = getattr(head, "weight", None)
-    sharded = hasattr(weight, "ds_id") or hasattr(weight, "device_mesh")
-    return type(head) is torch.nn.Linear and head.bias is None and not sharded
+    if type(head) is not torch.nn.Linear or getattr(head, "bias", None) is not None:
+        return False
+    return not hasattr(head.weight, "ds_id") and not hasattr(head.weight, "device_mesh")
 
 
 def _chunks(rows: int, vocabulary: int, device: torch.device) -> list[slice]:
@@ -83,7 +85,7 @@ class _FrozenHead(Function):
         return nats
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (slopes,) = ctx.saved_tensors
         return (upstream[:, None] * slopes).to(slopes.dtype), None, None, None
 
@@ -109,7 +111,7 @@ class _AnyHead(Function):
         return nats
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         hidden, weight, wanted, totals = ctx.saved_tensors
         matrix = weight.to(ctx.dtype)
         by_hidden = torch.empty_like(hidden)
@@ -130,7 +132,7 @@ class _AnyHead(Function):
 
 def _through_the_module(head: Any, hidden: Tensor, wanted: Tensor, cap: float | None) -> Tensor:
     def some(states: Tensor, tokens: Tensor) -> Tensor:
-        logits = head(states).float()
+        logits: Tensor = head(states).float()
         if cap is not None:
             logits = torch.tanh(logits / cap) * cap
         if tokens.dim() == 1:

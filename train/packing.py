@@ -47,22 +47,28 @@ def pack(examples: Sequence[Example], capacity: int) -> list[list[Example]]:
     return rows
 
 
-def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
+def collate(rows: Sequence[Row], pad_id: int, shape: tuple[int, int] | None = None) -> dict[str, Tensor]:
     """One batch of packed rows.
 
     Positions restart at 0 with each example and with the padding, which is how transformers tells that they must not
     attend to each other.
+
+    Args:
+        rows: what is packed.
+        pad_id: token id of the padding.
+        shape: ``(B, T)`` to fill up to, for code that is compiled for one shape; by default just enough.
 
     Returns:
         ``input_ids``, ``position_ids``, ``labels``: ``(B, T)`` int64; the label of a position is the token after it in
         its example if that is counted, else `IGNORED`. ``tokens``: ``(B,)`` int64, those that are not padding.
     """
     lengths = [sum(len(example) for example in row) for row in rows]
-    shape = (len(rows), max(lengths))
-    ids = np.full(shape, pad_id, dtype=np.int64)
-    positions = np.zeros(shape, dtype=np.int64)
-    labels = np.full(shape, IGNORED, dtype=np.int64)
-    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+    height, width = shape or (len(rows), max(lengths))
+    lengths += [0] * (height - len(rows))
+    ids = np.full((height, width), pad_id, dtype=np.int64)
+    positions = np.zeros((height, width), dtype=np.int64)
+    labels = np.full((height, width), IGNORED, dtype=np.int64)
+    for index, row in enumerate(rows):
         start = 0
         for example in row:
             end = start + len(example)
@@ -70,6 +76,23 @@ def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
             positions[index, start:end] = np.arange(len(example))
             labels[index, start : end - 1] = np.where(example.counted[1:], example.ids[1:], IGNORED)
             start = end
-        positions[index, length:] = np.arange(shape[1] - length)
+    for index, length in enumerate(lengths):
+        positions[index, length:] = np.arange(width - length)
     batch = {"input_ids": ids, "position_ids": positions, "labels": labels, "tokens": np.asarray(lengths)}
     return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def cu_seqlens(position_ids: Tensor) -> Tensor:
+    """Where each example of the flattened ``(B, T)`` positions starts, then B · T, as `varlen_attention` takes it.
+
+    Filled up with empty examples to a power of two, so that code is compiled for few lengths.
+
+    Returns:
+        ``(E + 1,)`` int32.
+    """
+    flat = position_ids.flatten().numpy()
+    starts = np.flatnonzero(flat == 0)
+    size = 1 << max(6, int(len(starts)).bit_length())
+    found = np.full(size + 1, len(flat), dtype=np.int32)
+    found[: len(starts)] = starts
+    return torch.from_numpy(found)

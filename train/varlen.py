@@ -38,7 +38,7 @@ def is_available() -> bool:
 
 
 @cache
-def _grouped() -> dict[str, bool]:
+def _grouped() -> dict[str, Any]:
     """Newer versions want to be told that several query heads share a key head."""
     from torch.nn.attention.varlen import varlen_attn
 
