@@ -18,6 +18,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Align a small LM to a target LLM's own output.")
     parser.add_argument("--config", type=Path, required=True, help="YAML file, such as configs/align/smollm2-135m.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before those of the file")
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on from the last whole checkpoint of run_dir, if there is one (the default), or begin anew",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only say how many steps, how long and how much memory")
     options = parser.parse_args(arguments)
     try:
         config = load_config(AlignConfig, options.config, options.overrides)
@@ -25,9 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from terselm.train.alignment import align
         except ModuleNotFoundError as error:
             raise ConfigError(f"training needs {error.name}; run: pip install 'terselm[train]'") from None
-        align(config)
+        align(config, resume=options.resume, dry_run=options.dry_run)
     except TerseLMError as error:
-        if os.environ.get("RANK", "0") == "0":  # every process of a launch meets the same mistake
+        # Every process of a launch meets the same mistake; one is enough to say so.
+        if os.environ.get("RANK", "0") == "0" or getattr(error, "this_process_only", False):
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
+from typing import Any
 
 from terselm.config import dump_config
-from terselm.errors import DataFormatError
-from terselm.models import load_causal_lm
+from terselm.errors import DataFormatError, TrainingError
 from terselm.train.config import AlignConfig
-from terselm.train.evaluation import compare, score
-from terselm.train.hardware import describe_hardware, describe_versions, pick_precision, share_out_cores
-from terselm.train.lora import add_adapter, save_adapter
+from terselm.train.dry_run import estimate
+from terselm.train.evaluation import compare
+from terselm.train.fitting import fewer_rows, find_fitting, is_out_of_memory
+from terselm.train.gathering import gather_trained
+from terselm.train.hardware import share_out_cores
+from terselm.train.lora import save_adapter
 from terselm.train.progress import quieten_libraries, say
-from terselm.train.provenance import file_sha256, git_commit
+from terselm.train.provenance import file_sha256
+from terselm.train.run import Run, prepare
 from terselm.train.run_folder import RunFolder, run_key
-from terselm.train.scoring import score_instead_of_logits
-from terselm.train.texts import Texts, read_texts
-from terselm.train.trainer import AlignmentTrainer, schedule_rows, training_arguments
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
+from terselm.train.trainer import AlignmentTrainer
 
 
-def align(config: AlignConfig) -> RunFolder:
+def align(config: AlignConfig, *, resume: bool = True, dry_run: bool = False) -> RunFolder:
     """Align ``config.model`` to its records; does nothing if this very run has been finished.
 
     Every process of a distributed launch calls it; the first one alone writes.
+
+    Args:
+        config: the run.
+        resume: go on from the last whole checkpoint of the run folder, if it holds one; else begin anew.
+        dry_run: only say how long it would take and how much memory; nothing is written.
 
     Raises:
         TerseLMError: a setting, the data, the model or the run folder is at fault; nothing was overwritten.
@@ -41,7 +40,6 @@ def align(config: AlignConfig) -> RunFolder:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    started = time.perf_counter()
     quieten_libraries()
     share_out_cores()
     data_sha256 = _data_sha256(Path(config.data.records))
@@ -49,112 +47,83 @@ def align(config: AlignConfig) -> RunFolder:
     finished = folder.is_finished()
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     tell = say if state.is_main_process else _stay_silent
-    if finished:
+    if finished and not dry_run:
         tell(f"{folder.path} holds this very run, finished; nothing to do")
         return folder
-    run = _prepare(config, folder, state)
-    checkpoint = _begin(config, folder, state)
-    tell(run.introduction())
-    before = run.score()
-    tell(f"held-out text before: {run.texts.held_out.bits_per_byte(before):.4f} bits per byte")
-    if checkpoint is not None:
-        tell(f"going on from {checkpoint}")
-    run.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    training = _describe_training(run.trainer, resumed=checkpoint is not None)
-    held_out = compare(run.texts.held_out, before, run.score(), config.seed)
-    if state.is_main_process:
-        metrics = {"model": config.model, "held_out": held_out, "training": training, **run.circumstances(data_sha256)}
-        metrics["seconds"] = time.perf_counter() - started
-        folder.finish(metrics, partial(save_adapter, run.model, base=config.model))
-        tell(_conclusion(metrics, folder))
-    run.trainer.accelerator.end_training()
+    if dry_run:
+        tell(str(estimate(prepare(config, folder, state))))
+        return folder
+    while not _attempt(prepare(config, folder, state), data_sha256, tell, resume=resume):
+        tell("out of memory: going on with smaller passes")
+        resume = True
     return folder
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """All that training and scoring need."""
-
-    config: AlignConfig
-    state: PartialState
-    model: Any
-    texts: Texts
-    trainer: AlignmentTrainer
-    compute: dict[str, Any]
-
-    def score(self) -> NDArray[np.float64]:
-        """Nats of the held-out text, ``(prompts,)``."""
-        return score(
-            self.model,
-            self.texts.held_out,
-            row_length=self.texts.row_length,
-            rows_per_pass=self.config.evaluation.rows_per_pass,
-            rank=self.state.process_index,
-            processes=self.state.num_processes,
-        )
-
-    def circumstances(self, data_sha256: str) -> dict[str, Any]:
-        """What the result came from, and the loss by step."""
-        return {
-            "data": {"records": self.config.data.records, "sha256": data_sha256, **self.texts.describe()},
-            "compute": self.compute,
-            "versions": describe_versions(),
-            "hardware": describe_hardware(),
-            "git_commit": git_commit(),
-            "loss_history": [entry for entry in self.trainer.state.log_history if "loss" in entry],
-        }
-
-    def introduction(self) -> str:
-        data, compute = self.texts.describe(), self.compute
-        held_out = self.texts.held_out
-        lines = [
-            f"{self.config.model} on {compute['device']} in {compute['dtype']}, {compute['processes']} process(es), "
-            f"{compute['trainable_parameters']:,} trainable parameters",
-            f"{data['training_records']:,} records, {data['training_tokens']:,} tokens ({data['counted_tokens']:,} "
-            f"counted) in {data['rows']:,} rows, {data['real_token_share']:.1%} of them real; "
-            f"{compute['steps']} steps of {self.config.optimisation.rows_per_step} rows",
-            f"held out: {len(held_out.prompt_of):,} records to {len(held_out.tokens):,} prompts, "
-            f"{int(held_out.tokens.sum()):,} tokens to score",
-        ]
-        if data["overlong_split"] or data["overlong_dropped"]:
-            lines.append(
-                f"longer than {self.texts.row_length} tokens: {data['overlong_split']} records split, "
-                f"{data['overlong_dropped']} dropped"
-            )
-        return "\n".join(lines)
+def _attempt(run: Run, data_sha256: str, tell: Callable[[str], None], *, resume: bool) -> bool:
+    """Train, measure and write; False if there was not enough memory for passes of this size."""
+    started = time.perf_counter()
+    config, folder = run.config, run.folder
+    checkpoint = _begin(run, resume=resume)
+    run = _fit(run)
+    tell(run.introduction())
+    before = run.score(run.reported)
+    tell(f"held-out text before: {run.reported.bits_per_byte(before):.4f} bits per byte")
+    if checkpoint is not None:
+        tell(f"going on from {checkpoint}")
+    try:
+        run.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        _take_smaller_passes(run)
+        return False
+    training = _describe_training(run.trainer, resumed=checkpoint is not None)
+    held_out = compare(run.reported, before, run.score(run.reported), config.seed)
+    weights = gather_trained(run.model)
+    if run.state.is_main_process:
+        metrics = {"model": config.model, "held_out": held_out, "training": training, **run.circumstances(data_sha256)}
+        metrics["seconds"] = time.perf_counter() - started
+        folder.finish(metrics, partial(save_adapter, run.model, base=config.model, weights=weights))
+        tell(_conclusion(metrics, folder))
+    run.trainer.accelerator.end_training()
+    return True
 
 
-def _prepare(config: AlignConfig, folder: RunFolder, state: PartialState) -> _Run:
-    """Load, read and build; writes nothing."""
-    from accelerate.utils import set_seed
-
-    precision = pick_precision(config.dtype, state.device)
-    dtype = str(precision).removeprefix("torch.")
-    lm = load_causal_lm(config.model, device=str(state.device), dtype=dtype)
-    texts = read_texts(config, lm)
-    schedule = schedule_rows(texts.rows, config)
-    arguments = training_arguments(config, folder, rows=len(schedule), processes=state.num_processes)
-    score_instead_of_logits(lm.model, autocast=None if precision == torch.float32 else precision)
-    set_seed(config.seed)  # the adapter's first values
-    model = add_adapter(lm.model, config.lora)
-    compute = {
-        "device": state.device.type,
-        "dtype": dtype,
-        "processes": state.num_processes,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "steps": arguments.max_steps,
-    }
-    trainer = AlignmentTrainer(model, arguments, schedule, folder)
-    return _Run(config=config, state=state, model=model, texts=texts, trainer=trainer, compute=compute)
-
-
-def _begin(config: AlignConfig, folder: RunFolder, state: PartialState) -> Path | None:
+def _begin(run: Run, *, resume: bool) -> Path | None:
     """The checkpoint to go on from, the same in every process."""
     from accelerate.utils import broadcast_object_list
 
-    state.wait_for_everyone()  # until all have seen that the folder is free
-    chosen = [folder.begin(dump_config(config)) if state.is_main_process else None]
-    return broadcast_object_list(chosen)[0] if state.num_processes > 1 else chosen[0]
+    run.state.wait_for_everyone()  # until all have seen that the folder is free
+    config_yaml = dump_config(run.config)
+    chosen = [run.folder.begin(config_yaml, resume=resume) if run.state.is_main_process else None]
+    return broadcast_object_list(chosen)[0] if run.state.num_processes > 1 else chosen[0]
+
+
+def _fit(run: Run) -> Run:
+    """The run with passes that fit into memory: as large as they were before it was killed, else found by trying."""
+    rows = run.folder.noted_rows_per_pass()
+    if rows is None and not run.is_sharded:
+        rows = find_fitting(run.trainer, asked=run.rows_per_pass, share=run.share).rows
+        if rows < run.rows_per_pass and run.state.is_main_process:
+            run.folder.note_rows_per_pass(rows)
+    return run if rows in (None, run.rows_per_pass) else run.with_rows_per_pass(rows)
+
+
+def _take_smaller_passes(run: Run) -> None:
+    """Note it for the next attempt.
+
+    Raises:
+        TrainingError: there is nothing smaller, or other processes are waiting for this one.
+    """
+    where = f"out of memory at step {run.trainer.state.global_step + 1} with {run.rows_per_pass} row(s) a pass"
+    smaller = next(fewer_rows(run.rows_per_pass - 1, run.share), None)
+    if smaller is None:
+        raise TrainingError(f"{where}; lower data.max_length, choose a smaller model or set dtype=bfloat16")
+    run.folder.note_rows_per_pass(smaller)
+    if run.state.num_processes > 1:
+        raise TrainingError(
+            f"{where}; run the same command: it goes on from the last checkpoint with {smaller}", this_process_only=True
+        )
 
 
 def _describe_training(trainer: AlignmentTrainer, *, resumed: bool) -> dict[str, Any]:

@@ -42,6 +42,19 @@ class Precision(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Tracker(StrEnum):
+    """Where the loss and the scores are sent while a run goes on."""
+
+    AUTO = "auto"
+    """TensorBoard if it is installed, else none."""
+    NONE = "none"
+    TENSORBOARD = "tensorboard"
+    """Files in ``tensorboard/`` of the run folder."""
+    WANDB = "wandb"
+    MLFLOW = "mlflow"
+    TRACKIO = "trackio"
+
+
 class Schedule(StrEnum):
     """The learning rate after warm-up."""
 
@@ -131,6 +144,11 @@ class EvaluationSettings:
     """Expected share of the prompts that is never trained on, in (0, 1)."""
     rows_per_pass: int = 4
     """Packed rows that one process scores at once."""
+    every: int = 0
+    """Optimiser steps between two scorings that choose the best weights; 0 keeps the last. Half of the held-out
+    prompts then choose, and only the other half is reported on."""
+    patience: int = 0
+    """Scorings in a row without a new best after which training ends; 0 never ends early."""
 
     def __post_init__(self) -> None:
         _refuse(
@@ -139,7 +157,23 @@ class EvaluationSettings:
                 f"evaluation.held_out is {self.held_out}; expected a share above 0 and below 1",
             ),
             (self.rows_per_pass < 1, f"evaluation.rows_per_pass is {self.rows_per_pass}; expected at least 1"),
+            (self.every < 0, f"evaluation.every is {self.every}; expected a number of steps, or 0"),
+            (self.patience < 0, f"evaluation.patience is {self.patience}; expected a number of scorings, or 0"),
+            (self.patience > 0 and not self.every, "evaluation.patience needs evaluation.every; set it to some steps"),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """What the report compares with, besides bits per byte."""
+
+    target: str = ""
+    """The target LLM, if it can be loaded here: an alias, a folder or a hub id; else empty."""
+    texts: int = 200
+    """Held-out texts whose words are compared with the target's, at most."""
+
+    def __post_init__(self) -> None:
+        _refuse((self.texts < 1, f"report.texts is {self.texts}; expected at least 1"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +192,9 @@ class AlignConfig:
     lora: LoraSettings = field(default_factory=LoraSettings)
     optimisation: OptimisationSettings = field(default_factory=OptimisationSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    report: ReportSettings = field(default_factory=ReportSettings)
+    tracker: Tracker = Tracker.AUTO
+    """Where the loss and the scores are sent while the run goes on."""
     dtype: Precision = Precision.AUTO
     """Number format of the frozen weights and the matrix products."""
     seed: int = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from terselm.compress.intervals import CONFIDENCE, RESAMPLES, percentile_interval, resampled_sums
 from terselm.data.records import Record, prompt_hash
+from terselm.errors import ConfigError
 from terselm.train.examples import EncodedRecords
 from terselm.train.packing import collate, pack
-
-_RESAMPLES = 10_000
-_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +52,32 @@ class HeldOutText:
             text_bytes[prompt_of[record]] += len(records[record].response.encode())
         return cls(text, prompt_of, tokens, text_bytes)
 
+    def halves(self, seed: int) -> tuple[HeldOutText, HeldOutText]:
+        """Two parts by prompt: one to choose the best weights by, the other to report on.
+
+        Raises:
+            ConfigError: there is but one prompt.
+        """
+        prompts = np.flatnonzero(self.tokens > 0)
+        if len(prompts) < 2:
+            raise ConfigError(
+                "evaluation.every needs at least two held-out prompts, one to choose by and one to report on; raise "
+                "evaluation.held_out or add records"
+            )
+        drawn = np.random.default_rng(seed).permutation(prompts)
+        middle = len(drawn) // 2
+        return self._part(drawn[:middle]), self._part(drawn[middle:])
+
+    def _part(self, prompts: NDArray[np.int64]) -> HeldOutText:
+        place = np.full(len(self.tokens), -1)
+        place[np.sort(prompts)] = np.arange(len(prompts))
+        prompt_of = place[self.prompt_of]
+        kept = np.flatnonzero(prompt_of >= 0)
+        record = {int(old): new for new, old in enumerate(kept)}
+        examples = [replace(e, record=record[e.record]) for e in self.text.examples if e.record in record]
+        text = replace(self.text, examples=examples, tokens=sum(map(len, examples)))
+        return HeldOutText(text, prompt_of[kept], self.tokens[np.sort(prompts)], self.text_bytes[np.sort(prompts)])
+
     def nll_per_token(self, nats: NDArray[np.float64]) -> float:
         return float(nats.sum() / self.tokens.sum())
 
@@ -60,7 +85,7 @@ class HeldOutText:
         return float(nats.sum() / math.log(2) / self.text_bytes.sum())
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would leave tensors behind that a sharded model cannot train with
 def score(
     model: Any, held_out: HeldOutText, *, row_length: int, rows_per_pass: int, rank: int, processes: int
 ) -> NDArray[np.float64]:
@@ -80,12 +105,17 @@ def score(
     model.eval()
     nats = np.zeros(len(held_out.tokens))
     device = next(model.parameters()).device
-    rows = pack(held_out.text.examples, row_length)[rank::processes]
-    starts = range(0, len(rows), rows_per_pass)
-    for start in tqdm(starts, desc="scoring held-out text", leave=False, disable=rank > 0 or not sys.stderr.isatty()):
-        some = rows[start : start + rows_per_pass]
-        batch = collate(some, pad_id=0)
+    rows = pack(held_out.text.examples, row_length)
+    passes = math.ceil(math.ceil(len(rows) / processes) / rows_per_pass)  # as many in each: sharded models need it
+    own = rows[rank::processes]
+    for index in tqdm(
+        range(passes), desc="scoring held-out text", leave=False, disable=rank > 0 or not sys.stderr.isatty()
+    ):
+        some = own[index * rows_per_pass : (index + 1) * rows_per_pass]
+        batch = collate(some or rows[:1], pad_id=0)
         surprisals = model(**{name: batch[name].to(device) for name in ("input_ids", "position_ids", "labels")})
+        if not some:
+            continue  # it was for the others
         examples = [example for row in some for example in row]
         counts = [int(example.counted.sum()) for example in examples]
         for example, part in zip(examples, torch.split(surprisals.double().cpu(), counts), strict=True):
@@ -105,7 +135,9 @@ def compare(
     The interval is that of the percentile bootstrap over prompts, paired: each resample takes the same prompts before
     and after (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
     """
-    low, high = _bootstrap((after - before) / math.log(2), held_out.text_bytes, seed)
+    columns = np.stack([(after - before) / math.log(2), held_out.text_bytes], axis=1)
+    gains, drawn_bytes = resampled_sums(columns, seed=seed).T
+    low, high = percentile_interval(gains[drawn_bytes > 0] / drawn_bytes[drawn_bytes > 0])
     return {
         "before": {"nll_per_token": held_out.nll_per_token(before), "bits_per_byte": held_out.bits_per_byte(before)},
         "after": {"nll_per_token": held_out.nll_per_token(after), "bits_per_byte": held_out.bits_per_byte(after)},
@@ -113,23 +145,11 @@ def compare(
             "nll_per_token": held_out.nll_per_token(after - before),
             "bits_per_byte": held_out.bits_per_byte(after - before),
             "bits_per_byte_interval": [low, high],
-            "confidence": _CONFIDENCE,
-            "resamples": _RESAMPLES,
+            "confidence": CONFIDENCE,
+            "resamples": RESAMPLES,
         },
         "prompts": len(held_out.tokens),
         "records": len(held_out.prompt_of),
         "tokens": int(held_out.tokens.sum()),
         "bytes": int(held_out.text_bytes.sum()),
     }
-
-
-def _bootstrap(gains: NDArray[np.float64], weights: NDArray[np.float64], seed: int) -> tuple[float, float]:
-    """Percentile interval of sum(gains) / sum(weights) when the pairs are drawn anew with replacement."""
-    prompts = len(gains)
-    generator = np.random.default_rng(seed)
-    times = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=_RESAMPLES)  # (resamples, prompts)
-    drawn_weight = times @ weights
-    ratios = (times @ gains)[drawn_weight > 0] / drawn_weight[drawn_weight > 0]
-    tail = 50 * (1 - _CONFIDENCE)
-    low, high = np.percentile(ratios, [tail, 100 - tail])
-    return float(low), float(high)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from terselm.train.config import LoraSettings
 
@@ -27,12 +28,19 @@ def add_adapter(lm: Any, settings: LoraSettings) -> Any:
     return model
 
 
-def save_adapter(model: Any, folder: Path, base: str) -> None:
-    """Write the adapter; it names its base as the user did, so that it works on another machine."""
+def save_adapter(model: Any, folder: Path, base: str, weights: dict[str, Tensor]) -> None:
+    """Write the adapter; it names its base as the user did, so that it works on another machine.
+
+    Args:
+        model: a PEFT model.
+        folder: to write into.
+        base: the model that was aligned, as the user named it.
+        weights: as `gather_trained` gives them.
+    """
     settings = model.peft_config["default"]
     settings.base_model_name_or_path = base
     # "auto" would ask the hub about the base model's vocabulary, which an adapter cannot change.
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form
 
 

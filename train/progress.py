@@ -53,7 +53,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         left = self.seconds / done * (state.max_steps - state.global_step)
         say(
             f"step {state.global_step}/{state.max_steps}, loss {logs['loss']:.3f}, {rate:,.0f} tokens/s, "
-            f"{_duration(left)} left"
+            f"{duration(left)} left"
         )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -75,6 +75,10 @@ def quieten_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Such as ``40 s``, ``3 min 05 s`` or ``2 h 10 min``."""
     minutes, rest = divmod(round(seconds), 60)
+    hours, over = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {over:02} min"
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -1,7 +1,8 @@
 """The folder of a run: what is in it, what may go on, and what must not be touched.
 
 ``config.yaml`` is there from the start, ``checkpoints/`` while training, ``metrics.json`` and ``adapter/`` at the end.
-``adapter/`` comes last and whole: where it is, the run is finished.
+``adapter/`` comes last and whole: where it is, the run is finished. A checkpoint is whole if it holds ``whole.json``,
+which is written last, and every file that is named there has the digest that is noted there.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from terselm.errors import CheckpointError, ConfigError
-from terselm.files import atomic_file, atomic_folder, remove_partials
+from terselm.files import atomic_file, atomic_folder, flush_folder, remove_partials
+from terselm.train.provenance import folder_sha256
+from terselm.train.saving import clear_disk_errors
 
 _WHOLE = "whole.json"  # written into a checkpoint once every process has finished its part
+_FITTING = "rows_per_pass.json"
 
 
 @dataclass(frozen=True)
@@ -56,27 +60,56 @@ class RunFolder:
         if self.adapter.exists():
             self._refuse_other(_read_key(self.metrics), "a finished run")
             return True
-        for checkpoint in self._whole_checkpoints():
+        for checkpoint in self._marked_checkpoints():
             self._refuse_other(_read_key(checkpoint / _WHOLE), "an unfinished run")
         return False
 
-    def begin(self, config_yaml: str) -> Path | None:
-        """Write the config, clear away what a killed run left half-made; the last whole checkpoint, if any."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for final in (self.adapter, self.metrics, self.path / "config.yaml"):
-            remove_partials(final)
-        with atomic_file(self.path / "config.yaml") as file:
-            file.write(config_yaml)
-        whole = self._whole_checkpoints()
-        for folder in self.checkpoints.iterdir():
-            if folder not in whole:
-                shutil.rmtree(folder, ignore_errors=True)
+    def begin(self, config_yaml: str, *, resume: bool = True) -> Path | None:
+        """Write the config, clear away what a killed run left half-made; the last whole checkpoint, if any.
+
+        Args:
+            config_yaml: the resolved config.
+            resume: keep the whole checkpoints; else all of them go.
+
+        Raises:
+            CheckpointError: the disk is full.
+        """
+        with clear_disk_errors(self.path, "the run cannot begin"):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for final in (self.adapter, self.metrics, self.path / "config.yaml"):
+                remove_partials(final)
+            with atomic_file(self.path / "config.yaml") as file:
+                file.write(config_yaml)
+        whole = [folder for folder in self._marked_checkpoints() if resume and _is_whole(folder)]
+        for path in self.checkpoints.iterdir():
+            if path.is_dir() and path not in whole:
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.is_file() and not resume:
+                path.unlink()
         return whole[-1] if whole else None
 
     def mark_whole(self, step: int) -> None:
-        """Say that the checkpoint of ``step`` is complete."""
-        with atomic_file(self.checkpoints / f"checkpoint-{step}" / _WHOLE) as file:
-            json.dump({"run_key": self.key}, file)
+        """Say that the checkpoint of ``step`` is complete: all of it is on disk, and this is what it holds."""
+        folder = self.checkpoints / f"checkpoint-{step}"
+        flush_folder(folder)
+        mark = {"run_key": self.key, "sha256": folder_sha256(folder, leave_out=_WHOLE)}
+        with atomic_file(folder / _WHOLE) as file:
+            json.dump(mark, file)
+
+    def last_step(self) -> int | None:
+        """The step of the last checkpoint that was marked whole, if any."""
+        marked = self._marked_checkpoints()
+        return _step(marked[-1]) if marked else None
+
+    def note_rows_per_pass(self, rows: int) -> None:
+        """Remember how many rows fit into memory, so that a run that goes on takes the same passes."""
+        with clear_disk_errors(self.path, "the run cannot go on"), atomic_file(self.checkpoints / _FITTING) as file:
+            json.dump(rows, file)
+
+    def noted_rows_per_pass(self) -> int | None:
+        """What `note_rows_per_pass` noted, if it did."""
+        path = self.checkpoints / _FITTING
+        return int(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
     def finish(self, metrics: dict[str, Any], save: Callable[[Path], None]) -> None:
         """Write the metrics, then the adapter.
@@ -84,17 +117,20 @@ class RunFolder:
         Args:
             metrics: what JSON can hold.
             save: called with a folder to write the adapter into.
-        """
-        with atomic_file(self.metrics) as file:
-            json.dump({"run_key": self.key, **metrics}, file, indent=2, allow_nan=False)
-            file.write("\n")
-        with atomic_folder(self.adapter) as partial:
-            save(partial)
 
-    def _whole_checkpoints(self) -> list[Path]:
-        """In the order of their steps."""
-        found = [path.parent for path in self.checkpoints.glob(f"checkpoint-*/{_WHOLE}")]
-        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+        Raises:
+            CheckpointError: the disk is full; the checkpoints are still there.
+        """
+        with clear_disk_errors(self.path, "the result could not be written; the checkpoints are kept"):
+            with atomic_file(self.metrics) as file:
+                json.dump({"run_key": self.key, **metrics}, file, indent=2, allow_nan=False)
+                file.write("\n")
+            with atomic_folder(self.adapter) as partial:
+                save(partial)
+
+    def _marked_checkpoints(self) -> list[Path]:
+        """Those that were whole once, in the order of their steps."""
+        return sorted((path.parent for path in self.checkpoints.glob(f"checkpoint-*/{_WHOLE}")), key=_step)
 
     def _refuse_other(self, key: str, what: str) -> None:
         if key != self.key:
@@ -106,6 +142,15 @@ class RunFolder:
 def run_key(config_yaml: str, data_sha256: str) -> str:
     """What tells one run from another."""
     return hashlib.sha256(f"{config_yaml}\n{data_sha256}".encode()).hexdigest()
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    noted = json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8")).get("sha256")
+    return bool(noted == folder_sha256(checkpoint, leave_out=_WHOLE))
 
 
 def _read_key(path: Path) -> str:

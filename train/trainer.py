@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -10,27 +10,45 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from terselm.errors import ConfigError
+from terselm.train.callbacks import MEASURE, BestWeights, FiniteWeights, WholeCheckpoints
 from terselm.train.config import AlignConfig
 from terselm.train.packing import IGNORED, Row, collate
 from terselm.train.progress import Progress
 from terselm.train.run_folder import RunFolder
+from terselm.train.saving import clear_disk_errors
+from terselm.train.trackers import tracker_callbacks
 
 
 class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """Minimises the mean NLL of the counted tokens of each optimiser step, whichever process or pass they are in."""
 
-    def __init__(self, model: Any, arguments: TrainingArguments, schedule: Sequence[Row], folder: RunFolder) -> None:
+    def __init__(
+        self,
+        model: Any,
+        arguments: TrainingArguments,
+        schedule: Sequence[Row],
+        folder: RunFolder,
+        config: AlignConfig,
+    ) -> None:
+        self.control: Any  # transformers is untyped
         self.progress = Progress()
+        self.choose_by: Callable[[], float] | None = None  # bits per byte of the text that chooses the best weights
+        self._folder = folder
+        self._finite = FiniteWeights(self, folder)
+        watchers = [self.progress, WholeCheckpoints(self, folder)]
+        if config.evaluation.every:
+            watchers.append(BestWeights(config.evaluation, config.save_every))
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=schedule,
+            eval_dataset=[],  # it asks for one before `evaluate` is called; ours is scored by `choose_by`
             data_collator=partial(collate, pad_id=0),
-            callbacks=[self.progress, _WholeCheckpoints(self, folder)],
+            callbacks=[*watchers, self._finite, *tracker_callbacks(config.tracker, folder.path)],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # so that the loss is not divided by the number of passes again
@@ -58,24 +76,32 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         loss = surprisals.sum() * self.accelerator.num_processes / num_items_in_batch
         return (loss, surprisals) if return_outputs else loss
 
+    def training_step(self, *arguments: Any, **named: Any) -> Tensor:
+        loss: Tensor = super().training_step(*arguments, **named)
+        self._finite.note(loss)
+        return loss
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Bits per byte of the held-out text that chooses the best weights."""
+        if self.choose_by is None:
+            raise RuntimeError("no text was set apart to choose the best weights by")
+        metrics = {MEASURE: self.choose_by()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the loss history needs: real tokens seen, and the seconds it took."""
         logs["tokens"] = self.state.num_input_tokens_seen
         logs["seconds"] = self.progress.seconds
         super().log(logs, start_time)
 
-
-class _WholeCheckpoints(TrainerCallback):  # type: ignore[misc]
-    """Marks a checkpoint once every process has written its part; one without a mark is never resumed from."""
-
-    def __init__(self, trainer: AlignmentTrainer, folder: RunFolder) -> None:
-        self._trainer = trainer
-        self._folder = folder
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._trainer.accelerator.wait_for_everyone()
-        if state.is_world_process_zero:
-            self._folder.mark_whole(state.global_step)
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save, or say clearly that the disk is full and which checkpoint is the last whole one."""
+        kept = self._folder.last_step()
+        consequence = f"the checkpoint of step {kept} is kept" if kept else "there is no earlier checkpoint"
+        with clear_disk_errors(self._folder.checkpoints, consequence):
+            super()._save_checkpoint(model, trial)
 
 
 def schedule_rows(rows: Sequence[Row], config: AlignConfig) -> list[Row]:
@@ -113,8 +139,10 @@ def training_arguments(config: AlignConfig, folder: RunFolder, *, rows: int, pro
             f"optimisation.rows_per_pass={settings.rows_per_pass}; change one of them"
         )
     steps = rows // settings.rows_per_step
+    every = config.evaluation.every
     arguments = TrainingArguments(
         output_dir=str(folder.checkpoints),
+        run_name=folder.path.name,
         max_steps=steps,
         per_device_train_batch_size=settings.rows_per_pass,
         gradient_accumulation_steps=settings.rows_per_step // at_once,
@@ -125,15 +153,21 @@ def training_arguments(config: AlignConfig, folder: RunFolder, *, rows: int, pro
         max_grad_norm=settings.max_grad_norm,
         logging_steps=config.log_every,
         logging_first_step=True,
-        save_steps=config.save_every,
-        save_total_limit=2,  # the last one may be torn
+        logging_nan_inf_filter=False,  # it would show the last finite loss in the place of NaN
+        eval_strategy="steps" if every else "no",
+        eval_steps=every or None,
+        load_best_model_at_end=bool(every),
+        metric_for_best_model=MEASURE if every else None,
+        greater_is_better=False,
+        save_steps=every or config.save_every,  # the Trainer saves where it evaluates; `BestWeights` adds save_every
+        save_total_limit=3,  # the last one may be torn, and the best is one of them
         seed=config.seed,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
-        report_to="none",
+        report_to="none",  # see `trackers`
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else one process would spread over all GPUs with DataParallel
     return arguments

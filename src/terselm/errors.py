@@ -58,5 +58,17 @@ class CheckpointError(ModelError):
     """A run folder, an adapter or a published checkpoint is missing, torn, or in the way."""
 
 
+class TrainingError(TerseLMError):
+    """Training cannot go on; what was saved before is kept.
+
+    Attributes:
+        this_process_only: the other processes of the launch did not meet it.
+    """
+
+    def __init__(self, message: str, *, this_process_only: bool = False) -> None:
+        super().__init__(message)
+        self.this_process_only = this_process_only
+
+
 class TargetLLMError(TerseLMError):
     """The target LLM could not answer."""

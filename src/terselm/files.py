@@ -56,13 +56,21 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for file in partial.rglob("*"):
             if file.is_file():
                 file.chmod(0o666 & ~_umask())  # some writers (safetensors) make files that only the owner can read
-                _sync(file)
+        flush_folder(partial)
         partial.chmod(0o777 & ~_umask())
         partial.rename(path)
         _sync_folder(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def flush_folder(path: Path) -> None:
+    """Return once every file below ``path`` is on disk."""
+    for file in path.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    _sync_folder(path)
 
 
 def remove_partials(path: Path) -> None:

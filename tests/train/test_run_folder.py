@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -75,13 +76,31 @@ def test_it_goes_on_from_the_last_whole_checkpoint(folder: RunFolder) -> None:
     assert not torn.exists()
 
 
+@pytest.mark.parametrize("fault", ["cut", "changed", "gone"])
+def test_a_checkpoint_that_was_damaged_later_is_passed_over(folder: RunFolder, fault: str) -> None:
+    older, newer = checkpoint(folder, 5, whole=True), checkpoint(folder, 10, whole=True)
+    file = newer / "optimizer.pt"
+    file.unlink() if fault == "gone" else file.write_text("hal" if fault == "cut" else "HALF")
+    assert folder.begin("") == older
+    assert not newer.exists()
+
+
+def test_a_run_can_begin_anew(folder: RunFolder) -> None:
+    checkpoint(folder, 5, whole=True)
+    folder.note_rows_per_pass(2)
+    assert folder.noted_rows_per_pass() == 2
+    assert folder.begin("", resume=False) is None
+    assert list(folder.checkpoints.iterdir()) == []
+    assert folder.noted_rows_per_pass() is None
+
+
 def test_a_fault_while_saving_leaves_no_adapter(folder: RunFolder) -> None:
     def fail(partial: Path) -> None:
         save(partial)
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     folder.begin("")
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="no space left on device; the result could not be written; the check"):
         folder.finish({}, fail)
     assert not folder.adapter.exists()
     assert not folder.is_finished()

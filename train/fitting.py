@@ -1,0 +1,117 @@
+"""How many rows fit into memory at once, found by trying; and what a pass of them costs."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from terselm.errors import TrainingError
+from terselm.train.packing import IGNORED
+
+if TYPE_CHECKING:
+    from terselm.train.trainer import AlignmentTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassCost:
+    """One forward and backward pass of the fullest row, as often as rows go through the model at once.
+
+    Attributes:
+        rows: in the pass.
+        seconds: that it took.
+        peak_bytes: of this process: of the GPU's memory, or of the main memory where there is no GPU.
+    """
+
+    rows: int
+    seconds: float
+    peak_bytes: int
+
+
+def find_fitting(trainer: AlignmentTrainer, *, asked: int, share: int, repeat: bool = False) -> PassCost:
+    """The most rows a pass, at most ``asked``, that fit into the memory of every process.
+
+    Leaves weights, gradients and random states as they were. A sharded model is not tried: its processes depend on
+    each other within a pass.
+
+    Args:
+        trainer: whose loss is computed.
+        asked: rows a pass.
+        share: rows of a step that fall to one process; the result divides it.
+        repeat: time a second pass, without what only the first one costs.
+
+    Raises:
+        TrainingError: not even one row fits.
+    """
+    for rows in fewer_rows(asked, share):
+        cost = _try(trainer, rows)
+        if cost is not None and repeat:
+            cost = _try(trainer, rows)
+        fits = torch.tensor(float(cost is not None), device=trainer.accelerator.device)
+        if trainer.accelerator.reduce(fits, reduction="sum").item() == trainer.accelerator.num_processes and cost:
+            return cost
+    raise TrainingError(
+        "not even one row of data.max_length tokens fits into memory; lower data.max_length, choose a smaller model "
+        "or set dtype=bfloat16"
+    )
+
+
+def fewer_rows(most: int, share: int) -> Iterator[int]:
+    """The divisors of ``share`` that are at most ``most``, in descending order."""
+    return (rows for rows in range(min(most, share), 0, -1) if share % rows == 0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, Exception) and bool(should_reduce_batch_size(error))
+    )
+
+
+def _try(trainer: AlignmentTrainer, rows: int) -> PassCost | None:
+    """None if it does not fit."""
+    device = trainer.accelerator.device
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        try:
+            return _pass(trainer, rows)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        finally:
+            trainer.model.zero_grad(set_to_none=True)
+    if gpus:
+        torch.cuda.empty_cache()
+    return None
+
+
+def _pass(trainer: AlignmentTrainer, rows: int) -> PassCost:
+    model: Any = trainer.model
+    fullest = max(trainer.train_dataset, key=lambda row: sum(map(len, row)))
+    batch = trainer._prepare_inputs(trainer.data_collator([fullest] * rows))
+    counted = (batch["labels"] != IGNORED).sum()
+    on_gpu = trainer.accelerator.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    moments = [torch.empty_like(w, dtype=torch.float32) for w in model.parameters() if w.requires_grad for _ in "mv"]
+    model.train()
+    started = time.perf_counter()
+    trainer.compute_loss(model, batch, num_items_in_batch=counted).backward()
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    del moments  # what the optimiser will hold
+    return PassCost(rows=rows, seconds=seconds, peak_bytes=_peak_bytes(on_gpu))
+
+
+def _peak_bytes(on_gpu: bool) -> int:
+    if on_gpu:
+        return torch.cuda.max_memory_reserved()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
