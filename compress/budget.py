@@ -38,6 +38,7 @@ class BudgetController:
         k, instruction_rate, question_rate: see `CompressionSettings`.
         pinned: demonstrations that are selected ahead of all others.
         select_all: every demonstration takes part (an ablation).
+        whole: demonstrations are selected only while they fit uncut, and nothing of the others is kept.
     """
 
     budget: int
@@ -50,6 +51,7 @@ class BudgetController:
     question_rate: float
     pinned: Collection[int] = ()
     select_all: bool = False
+    whole: bool = False
 
     @cached_property
     def _need(self) -> float:
@@ -72,11 +74,18 @@ class BudgetController:
         return max(0, self.budget - self.separators(selected))
 
     @property
+    def left(self) -> float:
+        """Tokens for demonstrations once instruction and question have their rates; may be negative."""
+        return self._room(()) - self._need
+
+    @property
     def needs_perplexity(self) -> bool:
         """False where the selection is the same for any order of the demonstrations."""
         ranked = sum(i not in self.pinned for i in self._eligible)
         if self.select_all or self._rate == 0 or ranked < 2:
             return False
+        if self.whole:
+            return not self._fits(self._eligible)
         all_fit = self.k * self._rate * self._total >= self._total
         return not (all_fit and self._room(self._eligible) - self._need >= len(self._eligible))
 
@@ -102,10 +111,12 @@ class BudgetController:
             return self._eligible
         if self._rate == 0:
             return []
+        if self.whole:
+            return self._select_whole(perplexities)
         limit = self.k * self._rate * self._total
         selected: list[int] = []
         length = 0
-        for i in sorted(self._eligible, key=lambda i: (0, 0.0, i) if i in self.pinned else (1, -perplexities[i], i)):
+        for i in self._ranked(perplexities):
             if length > limit and i not in self.pinned:
                 break
             selected.append(i)
@@ -113,6 +124,19 @@ class BudgetController:
         while selected and self._room(selected) - self._need < len(selected):
             selected.pop()
         return selected
+
+    def _select_whole(self, perplexities: Sequence[float]) -> list[int]:
+        selected: list[int] = []
+        for i in self._ranked(perplexities):
+            if self._fits([*selected, i]):
+                selected.append(i)
+        return selected
+
+    def _fits(self, selected: Sequence[int]) -> bool:
+        return self._room(selected) - self._need >= sum(self.demonstrations[i] for i in selected)
+
+    def _ranked(self, perplexities: Sequence[float]) -> list[int]:
+        return sorted(self._eligible, key=lambda i: (0, 0.0, i) if i in self.pinned else (1, -perplexities[i], i))
 
     def _share(self, selected: Sequence[int], room: int) -> tuple[int, int, int]:
         """Budgets of instruction, demonstrations, question: Eq. 3, with the leftover divided by k.
@@ -122,17 +146,20 @@ class BudgetController:
             which overshoots the budget. We hand out that over k, so that the three budgets add up to ``room``.
         """
         length = sum(self.demonstrations[i] for i in selected)
-        leftover = max(0.0, self._rate * self._total - length / self.k) if selected else room - self._need
+        leftover = room - self._need
+        if selected:
+            leftover = max(0.0, leftover - length if self.whole else self._rate * self._total - length / self.k)
         rest = self.instruction + self.question
         extra = leftover / rest if rest else 0.0
         instruction = _round(min(1.0, self.instruction_rate + extra) * self.instruction)
         question = _round(min(1.0, self.question_rate + extra) * self.question)
         demonstrations = room - instruction - question
-        if demonstrations < 0:
-            taken = min(question, -demonstrations)
+        least = length if self.whole and self._fits(selected) else 0
+        if demonstrations < least:
+            taken = min(question, least - demonstrations)
             question -= taken
-            instruction = max(0, instruction + demonstrations + taken)
-            demonstrations = 0
+            instruction = max(0, instruction + demonstrations - least + taken)
+            demonstrations = least
         excess = max(0, demonstrations - length)
         demonstrations -= excess
         given = min(excess, self.instruction - instruction)

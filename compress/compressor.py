@@ -154,6 +154,7 @@ class PromptCompressor:
             segment_size=self.settings.segment_size,
             window=self.lm.window,
             one_pass=self.settings.ablations.one_pass,
+            next_token=self.settings.ablations.next_token,
         )
 
     def _fit(self, job: Job) -> BudgetFit:

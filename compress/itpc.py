@@ -57,6 +57,7 @@ class IterativeCompression:
         segment_size: tokens in a segment.
         window: the model's window, tokens.
         one_pass: drop nothing before a part has been scored to its end (an ablation).
+        next_token: score each token by the surprisal of the one after it (an ablation).
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class IterativeCompression:
         segment_size: int,
         window: int,
         one_pass: bool = False,
+        next_token: bool = False,
     ) -> None:
         self._layout = layout
         self._parts = parts
         self._budgets = budgets
         self._window = window
         self._one_pass = one_pass
+        self._next_token = next_token
         self._segments = [
             Segment(units=units, part=number)
             for number, part in enumerate(parts)
@@ -115,7 +118,7 @@ class IterativeCompression:
         if room < 0:
             raise ContextLengthError(
                 f"a segment of {len(tokens)} tokens does not fit into the model's window of {self._window}; "
-                "choose a smaller segment_size"
+                "choose a smaller segment_size or unit"
             )
         if len(self._prefix) > room:
             self._prefix = self._prefix[len(self._prefix) - min(self._window // 2, room) :]
@@ -133,6 +136,8 @@ class IterativeCompression:
         if from_model:
             self._read = len(self._prefix)
             self._restart = False
+        if self._next_token:
+            surprisals = np.append(surprisals[1:], surprisals[-1])
         segment = self._segments[self._next]
         cost = self._layout.cost[segment.units]
         self.surprisal[segment.units] = np.add.reduceat(

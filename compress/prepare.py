@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import numpy as np
 
+from terselm.compress.anchor import keep_anchor
 from terselm.compress.budget import BudgetController
 from terselm.compress.counter import Count, TokenizerCounter, count_all
 from terselm.compress.job import Job
 from terselm.compress.layout import Layout, build_layout
-from terselm.compress.prompt import Part, Prompt
-from terselm.compress.settings import CompressionSettings, Selection, UnitKind
+from terselm.compress.prompt import Part, Piece, Prompt
+from terselm.compress.settings import AnchorOrder, CompressionSettings, Selection, UnitKind
 from terselm.compress.target import Target
-from terselm.compress.units import Units, cut_units, merge_words
+from terselm.compress.units import Units, cut_units, merge_all, merge_lines, merge_sentences, merge_words
 from terselm.errors import PromptError
 from terselm.models import CausalLM
+
+_MERGE = {
+    UnitKind.WORD: merge_words,
+    UnitKind.SENTENCE: merge_sentences,
+    UnitKind.LINE: merge_lines,
+    UnitKind.DEMONSTRATION: merge_all,
+}
 
 
 class Preparer:
@@ -45,7 +55,7 @@ class Preparer:
             PromptError: a prompt is empty.
             BudgetError: a rate that leaves nothing.
         """
-        units = self._cut([piece.text for prompt in prompts for piece in prompt.pieces()])
+        units = self._cut([piece for prompt in prompts for piece in prompt.pieces()])
         layouts = [self._layout(prompt, units, patterns) for prompt in prompts]
         count = counter or self._count
         originals = count_all(count, [layout.text(np.ones(len(layout), dtype=bool)) for layout in layouts])
@@ -54,6 +64,9 @@ class Preparer:
             budget = target.tokens(original, layout, count)
             small = budget if counter is None else budget * layout.total_tokens // max(1, original)
             controller = self._controller(layout, small, prompt.pinned)
+            if self._settings.anchor:
+                layout = self._anchor(layout, controller, partial(_excess, count, budget))
+                controller = self._controller(layout, small, prompt.pinned)
             jobs.append(Job(layout=layout, controller=controller, count=count, original=original, budget=budget))
         return jobs
 
@@ -74,11 +87,22 @@ class Preparer:
         if job.ranks is not None:
             job.ranks = [job.ranks[i] for i in order]
 
-    def _layout(self, prompt: Prompt, units: dict[str, Units], patterns: Sequence[re.Pattern[str]]) -> Layout:
+    def _anchor(self, layout: Layout, controller: BudgetController, over: Callable[[str], int]) -> Layout:
+        room = math.floor(self._settings.anchor * controller.left)
+        pieces = layout.numbers(Part.DEMONSTRATION)[::-1]
+        if self._settings.anchor_by is AnchorOrder.SHORTEST:
+            pieces.sort(key=layout.free_tokens)  # stable: of equals, the later first
+        pinned = {layout.numbers(Part.DEMONSTRATION)[i] for i in controller.pinned}
+        pieces.sort(key=lambda n: n not in pinned)
+        return keep_anchor(layout, pieces, room, over)
+
+    def _layout(
+        self, prompt: Prompt, units: dict[tuple[str, UnitKind], Units], patterns: Sequence[re.Pattern[str]]
+    ) -> Layout:
         pieces = prompt.pieces()
         layout = build_layout(
             pieces,
-            [units[piece.text] for piece in pieces],
+            [units[piece.text, self._kind(piece)] for piece in pieces],
             patterns=patterns,
             protected_parts=self._protected_parts,
             separator=self._settings.separator,
@@ -108,21 +132,30 @@ class Preparer:
             budget=free_budget,
             instruction=sum(free[Part.INSTRUCTION]),
             question=sum(free[Part.QUESTION]),
-            demonstrations=free[Part.DEMONSTRATION],
+            demonstrations=free[Part.DEMONSTRATION] if settings.anchor < 1 else [0] * len(free[Part.DEMONSTRATION]),
             separators=separators,
             k=settings.k,
             instruction_rate=rates[0],
             question_rate=rates[1],
             pinned=[i for i, n in enumerate(numbers[Part.DEMONSTRATION]) if layout.pieces[n].index in pinned],
             select_all=settings.ablations.selection is Selection.ALL,
+            whole=settings.unit is UnitKind.DEMONSTRATION,
         )
 
-    def _cut(self, texts: Sequence[str]) -> dict[str, Units]:
-        distinct = list(dict.fromkeys(texts))
-        cut = self._tokenize(distinct)
-        if self._settings.unit is UnitKind.WORD:
-            cut = [merge_words(units, text) for units, text in zip(cut, distinct, strict=True)]
-        return dict(zip(distinct, cut, strict=True))
+    def _cut(self, pieces: Sequence[Piece]) -> dict[tuple[str, UnitKind], Units]:
+        """The units of each distinct text."""
+        texts = list(dict.fromkeys(piece.text for piece in pieces))
+        tokens = dict(zip(texts, self._tokenize(texts), strict=True))
+        wanted = {(piece.text, self._kind(piece)) for piece in pieces}
+        return {
+            (text, kind): _MERGE[kind](tokens[text], text) if kind in _MERGE else tokens[text] for text, kind in wanted
+        }
+
+    def _kind(self, piece: Piece) -> UnitKind:
+        unit = self._settings.unit
+        if piece.part is Part.DEMONSTRATION or unit is UnitKind.TOKEN:
+            return unit
+        return UnitKind.WORD
 
     def _tokenize(self, texts: Sequence[str]) -> list[Units]:
         if not texts:
@@ -131,3 +164,7 @@ class Preparer:
         return [
             cut_units(encoding.ids, encoding.offsets, text) for encoding, text in zip(encodings, texts, strict=True)
         ]
+
+
+def _excess(count: Count, budget: int, text: str) -> int:
+    return count(text) - budget

@@ -14,6 +14,16 @@ class UnitKind(StrEnum):
 
     TOKEN = "token"
     WORD = "word"
+    SENTENCE = "sentence"  # of a demonstration; instruction and question are then cut into words
+    LINE = "line"  # likewise
+    DEMONSTRATION = "demonstration"  # likewise: each is kept whole or dropped
+
+
+class AnchorOrder(StrEnum):
+    """Which demonstrations are kept whole first."""
+
+    LAST = "last"  # those next to the question
+    SHORTEST = "shortest"  # as many as possible
 
 
 class Order(StrEnum):
@@ -42,17 +52,19 @@ class Ablations:
         one_pass: tokens are scored given the whole text before them, none of it dropped, and each part is thinned at
             once rather than segment by segment.
         random_tokens: tokens are kept at random instead of by surprisal; the same prompt gives the same choice.
+        next_token: a token is kept for the surprisal of the token after it, as the authors' package does.
 
     Raises:
         ConfigError: an unknown selection.
 
-    Source: Table 3 of arXiv:2310.05736 (all but random demonstrations).
+    Source: Table 3 of arXiv:2310.05736 (all but random demonstrations and next_token).
     """
 
     selection: Selection = Selection.PERPLEXITY
     uniform_rates: bool = False
     one_pass: bool = False
     random_tokens: bool = False
+    next_token: bool = False
 
     def __post_init__(self) -> None:
         _to_enum(self, "selection", Selection)
@@ -71,6 +83,9 @@ class CompressionSettings:
         separator: what joins instruction, demonstrations and question; may be empty.
         unit: the smallest thing that is kept or dropped.
         order: of the demonstrations, before Stage 2 reads them.
+        anchor: share in [0, 1] of what the budget leaves for demonstrations that goes to some of them kept whole, and
+            to the end of one more; 1 keeps nothing else. Small targets read that best.
+        anchor_by: which demonstrations these are.
         cache_bytes: memory for surprisals of earlier prompts, so that repeated demonstrations are not read again.
         ablations: parts of the algorithm taken out.
 
@@ -87,6 +102,8 @@ class CompressionSettings:
     separator: str = "\n\n"
     unit: UnitKind = UnitKind.TOKEN
     order: Order = Order.ORIGINAL
+    anchor: float = 0.0
+    anchor_by: AnchorOrder = AnchorOrder.LAST
     cache_bytes: int = 64 << 20
     ablations: Ablations = field(default_factory=Ablations)
 
@@ -96,12 +113,15 @@ class CompressionSettings:
         for name in ("instruction_rate", "question_rate"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a fraction in (0, 1]")
+        if not 0 <= self.anchor <= 1:
+            raise ConfigError(f"anchor is {self.anchor}; expected a share in [0, 1]")
         if self.segment_size < 1:
             raise ConfigError(f"segment_size is {self.segment_size}; expected at least 1 token")
         if self.cache_bytes < 0:
             raise ConfigError(f"cache_bytes is {self.cache_bytes}; expected a number of bytes, 0 for no cache")
         _to_enum(self, "unit", UnitKind)
         _to_enum(self, "order", Order)
+        _to_enum(self, "anchor_by", AnchorOrder)
 
 
 def _to_enum(config: object, name: str, kind: type[StrEnum]) -> None:

@@ -5,6 +5,7 @@ Knows offsets and arrays, not models.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -85,4 +86,35 @@ def merge_words(units: Units, text: str) -> Units:
     if len(begins) > 1 and all(blank[begins[-1] :]):
         begins.pop()
     edges = np.array([*begins, len(pieces)], dtype=np.int64)
+    return Units(ids=units.ids, first=units.first[edges], bounds=units.bounds[edges])
+
+
+_LINE_END = r"\n(?:[^\S\n]*\n)*"
+_LINES = re.compile(_LINE_END)
+_SENTENCES = re.compile(  # its white space opens the next one: tokens begin with a space
+    rf"""[.!?…]["'”’)\]]*(?=[^\S\n]+\S)|[。！？][”’」』）]*(?=[^\S\n]*\S)|{_LINE_END}"""
+)
+
+
+def merge_sentences(units: Units, text: str) -> Units:
+    """Join the units of each sentence; a line ends one too."""
+    return _merge(units, [match.end() for match in _SENTENCES.finditer(text)])
+
+
+def merge_lines(units: Units, text: str) -> Units:
+    """Join the units of each line; blank lines belong to the line before them."""
+    return _merge(units, [match.end() for match in _LINES.finditer(text)])
+
+
+def merge_all(units: Units, text: str) -> Units:
+    """One unit."""
+    return _merge(units, [])
+
+
+def _merge(units: Units, starts: Sequence[int]) -> Units:
+    """Join the units between two of ``starts`` (characters, ascending); a unit belongs where it begins."""
+    if not len(units):
+        return units
+    group = np.searchsorted(np.asarray(starts, dtype=np.int64), units.bounds[:-1], side="right")
+    edges = np.concatenate([[0], np.flatnonzero(np.diff(group)) + 1, [len(units)]])
     return Units(ids=units.ids, first=units.first[edges], bounds=units.bounds[edges])

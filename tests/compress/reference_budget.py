@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reference_pieces import Piece
+from reference_pieces import Piece, Unit
 
 
 @dataclass
@@ -48,20 +48,27 @@ def control_budget(
         ]
         return max(0, target - charged - separator * max(0, len(part_takers) - 1))
 
-    tau_dems = max(0.0, (target - charged - need) / dems) if dems else 0.0
+    tau_dems = max(0.0, (target - charged - need) / dems) if dems and settings.anchor < 1 else 0.0
     if dems:
         for piece in demonstrations:
             read(piece)
     chosen: list[Piece] = []
+    whole = settings.unit == "demonstration"
     ranked = sorted(demonstrations, key=lambda piece: -piece.perplexity)  # stable: of equals, the earlier first
+    if whole:
+        for piece in sorted(ranked, key=lambda piece: (0, piece.index) if piece.index in pinned else (1, 0)):
+            wider = [*chosen, piece]
+            if tau_dems > 0 and piece.free and sum(d.free for d in wider) <= room(wider) - need:
+                chosen.append(piece)
+        ranked = []
     for piece in demonstrations:
-        if tau_dems > 0 and piece.free and piece.index in pinned:
+        if not whole and tau_dems > 0 and piece.free and piece.index in pinned:
             chosen.append(piece)
     for piece in ranked:
         fits = sum(d.free for d in chosen) <= k * tau_dems * dems
         if tau_dems > 0 and piece.free and piece not in chosen and fits:
             chosen.append(piece)
-    while chosen and room(chosen) - need < len(chosen):
+    while not whole and chosen and room(chosen) - need < len(chosen):
         chosen.pop()
     return [piece for piece in demonstrations if piece in chosen], share(
         room(chosen), need, ins, que, chosen, tau_dems * dems, settings
@@ -79,18 +86,65 @@ def share(room: int, need: float, ins: int, que: int, chosen: list[Piece], coars
         if b_que > que:
             b_ins, b_que = min(ins, b_ins + b_que - que), que
         return Shares(b_ins, 0, b_que)
+    whole = bool(chosen) and settings.unit == "demonstration"
     delta = max(0.0, coarse - length / settings.k) if chosen else room - need
+    if whole:
+        delta = room - need - length
     extra = delta / (ins + que) if ins + que else 0.0
     b_ins = round_half_up(min(1.0, settings.instruction_rate + extra) * ins)
     b_que = round_half_up(min(1.0, settings.question_rate + extra) * que)
     b_dems = room - b_ins - b_que
-    if b_dems < 0:
-        from_que = min(b_que, -b_dems)
+    least = length if whole else 0
+    if b_dems < least:
+        from_que = min(b_que, least - b_dems)
         b_que -= from_que
-        b_ins = max(0, b_ins - (-b_dems - from_que))
-        b_dems = 0
+        b_ins = max(0, b_ins - (least - b_dems - from_que))
+        b_dems = least
     if b_dems > length:
         to_ins = min(b_dems - length, ins - b_ins)
         to_que = min(b_dems - length - to_ins, que - b_que)
         b_ins, b_que, b_dems = b_ins + to_ins, b_que + to_que, length
     return Shares(b_ins, b_dems, b_que)
+
+
+def keep_anchor(
+    pieces: list[Piece],
+    target: int,
+    separator: int,
+    settings: Any,
+    pinned: Sequence[int],
+    over: Callable[[list[Unit]], int],
+) -> None:
+    """Protect demonstrations, unit by unit. ``over``: the excess of some units over the budget."""
+    rates = {"instruction": settings.instruction_rate, "question": settings.question_rate}
+    need = sum(rates[piece.part] * piece.free for piece in pieces if piece.part in rates)
+    charged = [unit for piece in pieces for unit in piece.units if unit.protected]
+    holders = {piece.part + str(piece.index) for piece in pieces if piece.part in rates or piece.free < len_of(piece)}
+    left = max(0, target - sum(unit.cost for unit in charged) - separator * max(0, len(holders) - 1)) - need
+    room = math.floor(settings.anchor * left)
+    order = [piece for piece in reversed(pieces) if piece.part == "demonstration"]
+    if settings.anchor_by == "shortest":
+        order.sort(key=lambda piece: piece.free)
+    order = [piece for piece in order if piece.index in pinned] + [p for p in order if p.index not in pinned]
+    backwards = [unit for piece in order for unit in reversed(piece.units)]
+    anchor: list[Unit] = []
+    for unit in backwards:
+        room -= 0 if unit.protected else unit.cost
+        if unit.part + str(unit.index) not in holders:
+            room -= separator
+            holders.add(unit.part + str(unit.index))
+        if room < 0:
+            break
+        anchor.append(unit)
+    everything = [unit for piece in pieces for unit in piece.units]
+    while anchor:
+        excess = over([unit for unit in everything if unit.protected or unit in anchor])
+        if excess <= 0:
+            break
+        anchor = anchor[: max(0, len(anchor) - excess)]
+    for unit in anchor:
+        unit.protected = True
+
+
+def len_of(piece: Piece) -> int:
+    return sum(unit.cost for unit in piece.units)

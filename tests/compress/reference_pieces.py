@@ -94,6 +94,45 @@ def cut_into_words(text: str, units: list[tuple[list[int], int, int]]) -> list[t
     return words
 
 
+def cut_by_rule(text: str, units: list[tuple[list[int], int, int]], rule: str) -> list[tuple[list[int], int, int]]:
+    """Rule 5: the units of each sentence, line or demonstration; one belongs where it begins."""
+    starts = {"sentence": sentence_starts, "line": line_starts, "demonstration": lambda text: [0]}[rule](text)
+    cut: list[tuple[list[int], int, int]] = []
+    home = -1
+    for ids, start, end in units:
+        number = max(i for i, at in enumerate(starts) if at <= start)
+        if cut and number == home:
+            cut[-1] = ([*cut[-1][0], *ids], cut[-1][1], end)
+        else:
+            cut.append((ids, start, end))
+        home = number
+    return cut
+
+
+def line_starts(text: str) -> list[int]:
+    """Where a line begins that is not blank, or is the last, and has a line before it."""
+    starts, at = [0], 0
+    lines = text.split("\n")
+    for number, line in enumerate(lines[1:], start=1):
+        at += len(lines[number - 1]) + 1
+        if line.strip() or number == len(lines) - 1:
+            starts.append(at)
+    return starts
+
+
+def sentence_starts(text: str) -> list[int]:
+    starts = set(line_starts(text))
+    for i, character in enumerate(text):
+        wide = character in "。！？"
+        if not wide and character not in ".!?…":
+            continue
+        rest = text[i + 1 :].lstrip("”’」』）" if wide else "\"'”’)]")
+        line = rest.split("\n")[0]
+        if line.strip() and (wide or line[0].isspace()):
+            starts.add(len(text) - len(rest))
+    return sorted(starts)
+
+
 def protected_spans(text: str, keep: Sequence[Keep]) -> list[tuple[int, int]]:
     patterns = [re.compile(re.escape(item)) if isinstance(item, str) else item for item in keep]
     return [match.span() for pattern in patterns for match in pattern.finditer(text) if match.end() > match.start()]
@@ -107,10 +146,12 @@ def read_pieces(lm: Any, prompt: Any, keep: Sequence[Keep], settings: Any) -> li
     pieces: list[Piece] = []
     for part, index, text in texts:
         cut = cut_into_units(tokenise(lm.tokenizer, text), len(text))
-        if settings.unit == "word":
-            cut = cut_into_words(text, cut)
         if not cut:
             continue
+        if settings.unit == "word" or (settings.unit != "token" and part != "demonstration"):
+            cut = cut_into_words(text, cut)
+        elif settings.unit != "token":
+            cut = cut_by_rule(text, cut, settings.unit)
         spans = protected_spans(text, keep)
         units = [Unit(part, index, len(pieces), text[start:end], start, end, ids) for ids, start, end in cut]
         for unit in units:

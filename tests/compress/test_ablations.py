@@ -70,6 +70,19 @@ def test_one_pass_scores_every_token_given_the_whole_text_before_it() -> None:
     assert result.compressed_tokens <= result.budget
 
 
+def test_next_token_scores_every_token_by_the_one_after_it() -> None:
+    own, other = compress(0.6, one_pass=True), compress(0.6, one_pass=True, next_token=True)
+    segments: dict[int, list[tuple[Any, Any]]] = {}
+    for mine, shifted in zip(own.tokens, other.tokens, strict=True):
+        if mine.part == "instruction":  # here both read the same text
+            segments.setdefault(mine.segment, []).append((mine.surprisal, shifted.surprisal))
+    assert len(segments) > 1
+    for pairs in segments.values():
+        mine, shifted = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        assert shifted == pytest.approx([*mine[1:], mine[-1]])
+    assert other.text != own.text
+
+
 def test_random_tokens_need_no_model_and_stay_the_same() -> None:
     chosen, again = compress(random_tokens=True), compress(random_tokens=True)
     assert chosen.text == again.text

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agreement import Case, assert_agrees, count_bytes, count_with_overhead, count_words
+from agreement import Case, assert_agrees, count_bytes, count_unevenly, count_with_overhead, count_words
 from fakes import random_lm
 
 from terselm import CompressionSettings, Prompt, PromptCompressor
@@ -154,6 +154,35 @@ def test_keep(rate: float, options: dict[str, Any]) -> None:
     assert_agrees(random_lm(), Case(prompt=prompt, rate=rate, **options))
 
 
+@pytest.mark.parametrize("unit", ["sentence", "line", "demonstration"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rate", [0.1, 0.35, 0.6, 0.9])
+def test_wide_units(unit: str, kind: str, rate: float) -> None:
+    prompt = Prompt(
+        instruction=INSTRUCTION, demonstrations=(APPLES, LINES, BOOKS, CHINESE, TRAIN, CODE), question=QUESTION
+    )
+    assert_agrees(random_lm(kind), Case(prompt=prompt, settings=CompressionSettings(unit=unit), rate=rate))
+
+
+@pytest.mark.parametrize("anchor", [0.4, 1.0])
+@pytest.mark.parametrize("anchor_by", ["last", "shortest"])
+@pytest.mark.parametrize("unit", ["token", "word", "line", "demonstration"])
+@pytest.mark.parametrize("options", [{}, {"keep": ["eggs", "apples"]}, {"counter": count_unevenly}, {"separator": ""}])
+@pytest.mark.parametrize("rate", [0.15, 0.4, 0.8])
+def test_anchor(anchor: float, anchor_by: str, unit: str, options: dict[str, Any], rate: float) -> None:
+    options = dict(options)
+    settings = CompressionSettings(
+        anchor=anchor,
+        anchor_by=anchor_by,
+        unit=unit,
+        segment_size=30,
+        question_rate=1.0,
+        separator=options.pop("separator", "\n\n"),
+    )
+    prompt = Prompt(instruction=INSTRUCTION, demonstrations=(CODE, APPLES, TRAIN, "ok", BOOKS), question=QUESTION)
+    assert_agrees(random_lm(), Case(prompt=prompt, settings=settings, rate=rate, **options))
+
+
 @pytest.mark.parametrize("separator", ["", " ", "\n\n###\n\n", "<s>"])
 @pytest.mark.parametrize("rate", [0.2, 0.6, 0.9])
 def test_separators(separator: str, rate: float) -> None:
@@ -191,6 +220,14 @@ def test_random_calls(seed: int) -> None:
         unit=chance.choice(["token", "token", "word"]) if window == 4096 else "token",
         order=Order.RANKED if seed % 3 == 0 else Order.ORIGINAL,
     )
+    more = random.Random(-1 - seed)
+    if seed % 2:
+        settings = replace(
+            settings,
+            unit=more.choice(["sentence", "line", "demonstration"]) if window == 4096 else settings.unit,
+            anchor=more.choice([0.0, 0.3, 0.8, 1.0]),
+            anchor_by=more.choice(["last", "shortest"]),
+        )
     case = Case(
         prompt=random_prompt(chance),
         settings=settings,
