@@ -110,7 +110,9 @@ def test_rate_that_leaves_no_token(compressor: PromptCompressor) -> None:
         {"question_rate": math.nan},
         {"segment_size": 0},
         {"segment_size": -5},
-        {"unit": "sentence"},
+        {"unit": "paragraph"},
+        {"anchor": -0.1},
+        {"anchor_by": "first"},
     ],
 )
 def test_settings_out_of_range(values: dict[str, Any]) -> None:
