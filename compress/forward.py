@@ -26,12 +26,18 @@ class Forward:
 
     def __init__(self, lm: CausalLM) -> None:
         self._body = lm.model.base_model
-        self._head = lm.model.get_output_embeddings()
+        self._head: Any = lm.model.get_output_embeddings()
         self._config = lm.model.config.get_text_config()
         self._transforms = any(getattr(self._config, name, None) for name in _LOGIT_TRANSFORMS)
         self.parameters = int(lm.model.num_parameters())
         self.device: torch.device = lm.model.device
         self._kernel = fused_nll() if self.device.type == "cuda" else None
+        self._widens = (
+            self.device.type == "cuda"
+            and type(self._head) is torch.nn.Linear
+            and getattr(self._head, "bias", None) is None
+            and self._head.weight.dtype in (torch.bfloat16, torch.float16)
+        )
 
     def texts(self, ids: Tensor) -> Tensor:
         """Last hidden states ``(B, T, H)`` of texts ``(B, T)`` that are padded at their ends.
@@ -41,6 +47,14 @@ class Forward:
         with _attention():
             states: Tensor = self._body(input_ids=ids, use_cache=False).last_hidden_state
         return states
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of the keys and values of one token, over all layers."""
+        config = self._config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * config.num_hidden_layers * heads * size * self._head.weight.dtype.itemsize)
 
     def extend(self, ids: Tensor, positions: Tensor, slots: Tensor, new: Tensor, cache: Any) -> Tensor:
         """Last hidden states ``(B, S, H)`` of new tokens ``(B, S)``, whose keys and values enter ``cache``.
@@ -96,8 +110,12 @@ class Forward:
         return torch.zeros_like(mask, dtype=self._head.weight.dtype).masked_fill(~mask, blocked)
 
     def _logits(self, states: Tensor) -> Tensor:
-        """``(N, V)``, in the head's own number format where nothing is done to them."""
-        logits: Tensor = self._head(states)
+        """``(N, V)``, float32 where the GPU can multiply into it: bfloat16 knows no step finer than 1/8 at 16."""
+        logits: Tensor
+        if self._widens:
+            logits = torch.mm(states, self._head.weight.t(), out_dtype=torch.float32)
+        else:
+            logits = self._head(states)
         if self._transforms:
             logits = logits.float()
         if scale := getattr(self._config, "logit_scale", None):

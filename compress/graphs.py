@@ -80,6 +80,11 @@ class GraphPool:
         self._pool = torch.cuda.graph_pool_handle()
         self._fails = False
 
+    def clear(self) -> None:
+        """Give back the memory of all recorded passes and caches."""
+        self._graphs.clear()
+        self._caches.clear()
+
     def takes(self, rows: int, length: int) -> bool:
         """Whether a pass of this shape is worth recording."""
         return not self._fails and length <= _LONGEST and rows * length <= self._most_tokens

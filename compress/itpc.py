@@ -122,9 +122,13 @@ class IterativeCompression:
             )
         if len(self._prefix) > room:
             self._prefix = self._prefix[len(self._prefix) - min(self._window // 2, room) :]
-            self._read = 0
-            self._restart = True
+            self.forget()
         return ScoreRequest(restart=self._restart, prefix=self._prefix, read=self._read, segment=tokens)
+
+    def forget(self) -> None:
+        """Have the model read the prefix anew: its cache is gone."""
+        self._read = 0
+        self._restart = True
 
     def receive(self, surprisals: NDArray[np.float32], *, from_model: bool = True) -> None:
         """Choose among the units of the segment just scored.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from terselm.compress.itpc import ScoreRequest
 from terselm.compress.job import Job
 from terselm.compress.score_cache import ScoreCache
-from terselm.compress.surprisal import SurprisalEngine
+from terselm.compress.surprisal import SurprisalEngine, too_large
 
 _NOTHING = np.zeros(0, dtype=np.int64)
 
@@ -47,10 +48,27 @@ class Reader:
 
     def run_stage_two(self, jobs: Sequence[Job]) -> None:
         """Take all prompts through Stage 2: together, but for those that may outgrow the window."""
-        short = [job for job in jobs if job.iteration.longest <= self._engine.window]
-        long = [job for job in jobs if job.iteration.longest > self._engine.window]
-        for group in [short, *([job] for job in long)]:
-            self._advance(group)
+        window = self._engine.window
+        left = sorted(jobs, key=lambda job: -job.iteration.longest)
+        while left:
+            longest = left[0].iteration.longest
+            rows = 1 if longest > window else self._engine.rows_at_once(longest)
+            self._advance_or_halve(left[:rows])
+            left = left[rows:]
+
+    def _advance_or_halve(self, jobs: list[Job]) -> None:
+        try:
+            self._advance(jobs)
+            return
+        except torch.OutOfMemoryError:
+            if len(jobs) == 1:
+                raise too_large(min(jobs[0].iteration.longest, self._engine.window)) from None
+        self._engine.give_back_memory()  # here, where the exception no longer holds the frames
+        for job in jobs:
+            job.iteration.forget()
+        half = len(jobs) // 2
+        self._advance_or_halve(jobs[:half])
+        self._advance_or_halve(jobs[half:])
 
     def _advance(self, jobs: list[Job]) -> None:
         session = self._engine.session(len(jobs))

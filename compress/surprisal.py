@@ -16,6 +16,7 @@ from terselm.compress.forward import Forward
 from terselm.compress.graphs import GraphMemory, GraphPool
 from terselm.compress.itpc import ScoreRequest
 from terselm.compress.units import Ints
+from terselm.errors import ModelError
 from terselm.models import CausalLM
 
 Surprisals = NDArray[np.float32]
@@ -23,6 +24,8 @@ Surprisals = NDArray[np.float32]
 _TOKENS_AT_ONCE = {"cpu": 1 << 11, "cuda": 1 << 16}  # of a coarse batch, padding included
 _USUAL_PASS = 128  # tokens of a row: what was kept of a segment, and the next
 _MOST_PADDING = 0.15
+_CPU_CACHE = 2 << 30  # bytes
+_SHARE_FOR_CACHE = 0.4  # of the memory: the buffers double as they grow, and the passes need some too
 _FREE_PADDING = {"cpu": 0, "cuda": 1 << 13}  # tokens that cost less than one more pass would
 
 
@@ -55,10 +58,25 @@ class SurprisalEngine:
         pieces = [texts[i][begin : begin + step] for i, begin in rows]
         results = [np.zeros(len(text), dtype=np.float32) for text in texts]
         for batch in self._batches([len(piece) for piece in pieces]):
-            for row, values in zip(batch, self._score_batch([pieces[row] for row in batch]), strict=True):
+            for row, values in zip(batch, self._score_or_halve([pieces[row] for row in batch]), strict=True):
                 text, begin = rows[row]
                 results[text][begin : begin + len(values)] = values
         return results
+
+    def rows_at_once(self, longest: int) -> int:
+        """How many prompts, none of which reads more than ``longest`` tokens, advance together in the free memory."""
+        if self._forward.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self._forward.device)[0] + _reserved(self._forward.device)
+        else:
+            free = _CPU_CACHE
+        return max(1, int(_SHARE_FOR_CACHE * free) // (self._forward.bytes_per_token * longest))
+
+    def give_back_memory(self) -> None:
+        """After the GPU's memory was exhausted."""
+        if self._graphs is not None:
+            self._graphs.clear()
+        if self._forward.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def session(self, rows: int) -> Session:
         """Start reading ``rows`` prompts segment by segment, in lock step."""
@@ -90,6 +108,16 @@ class SurprisalEngine:
         if batch:
             yield batch
 
+    def _score_or_halve(self, pieces: Sequence[Ints]) -> list[Surprisals]:
+        try:
+            return self._score_batch(pieces)
+        except torch.OutOfMemoryError:
+            if len(pieces) == 1:
+                raise too_large(len(pieces[0])) from None
+        self.give_back_memory()
+        half = len(pieces) // 2
+        return [*self._score_or_halve(pieces[:half]), *self._score_or_halve(pieces[half:])]
+
     @torch.inference_mode()
     def _score_batch(self, pieces: Sequence[Ints]) -> list[Surprisals]:
         lengths = [len(piece) for piece in pieces]
@@ -105,6 +133,19 @@ class SurprisalEngine:
 
     def _tensor(self, array: Ints) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._forward.device, non_blocking=True)
+
+
+def too_large(tokens: int) -> ModelError:
+    """The error of a prompt that does not fit into memory even by itself."""
+    return ModelError(
+        f"the GPU has too little free memory to read {tokens} tokens with this model; "
+        "choose a smaller small LM, a dtype of fewer bits, or device cpu"
+    )
+
+
+def _reserved(device: torch.device) -> int:
+    """Bytes that torch holds and does not use."""
+    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 class Session:

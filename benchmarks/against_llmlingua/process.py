@@ -32,7 +32,6 @@ class SideProcess:
                 "PYTHONPATH": os.pathsep.join(filter(None, [str(_BENCHMARKS), own_path])),
                 "HF_HUB_OFFLINE": "1",
                 "TRANSFORMERS_VERBOSITY": "error",
-                "TOKENIZERS_PARALLELISM": "false",
             },
         )
 

@@ -13,10 +13,12 @@ from typing import Any
 from terselm.errors import CheckpointError, ConfigError, ModelError
 from terselm.models.aliases import ALIASES
 from terselm.models.convert import convert_alias
+from terselm.models.quantise import quantise_linear_layers
 
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_INT8 = "int8"
+_DTYPES = ("auto", "float32", "bfloat16", "float16", _INT8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +62,13 @@ def load_causal_lm(name: str | Path, *, device: str = "auto", dtype: str = "auto
         name: an alias (``smollm2-135m``), a model folder, a run folder, an adapter folder (merged into its base), a
             ``.gguf`` file, or a hub id.
         device: ``auto`` (CUDA, else MPS, else CPU) or any torch device.
-        dtype: ``auto`` (float32 on the CPU, bfloat16 elsewhere), ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``auto`` (float32 on the CPU, bfloat16 elsewhere), ``float32``, ``bfloat16``, ``float16``, or ``int8``,
+            for CPUs alone: see `quantise_linear_layers`.
 
     Raises:
         ModelError: there is no such model, or it cannot be loaded.
         CheckpointError: a folder without a usable model or adapter.
+        ConfigError: an unknown device or dtype, or int8 on another device than the CPU.
     """
     import torch
 
@@ -73,9 +77,13 @@ def load_causal_lm(name: str | Path, *, device: str = "auto", dtype: str = "auto
     place = pick_device(device)
     if dtype == "auto":
         dtype = "float32" if place.type == "cpu" else "bfloat16"
-    model, tokenizer = _load(name, getattr(torch, dtype))
+    if dtype == _INT8 and place.type != "cpu":
+        raise ConfigError(f"dtype int8 is for the CPU, but the device is {place}; choose device cpu, or another dtype")
+    model, tokenizer = _load(name, torch.float32 if dtype == _INT8 else getattr(torch, dtype))
     if not tokenizer.is_fast:
         raise ModelError(f"{str(name)!r} has no fast tokenizer; TerseLM needs its character offsets")
+    if dtype == _INT8:
+        model = quantise_linear_layers(model)
     try:
         return CausalLM(model=model.to(place).eval(), tokenizer=tokenizer, name=str(name))
     except (RuntimeError, AssertionError) as error:
