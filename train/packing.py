@@ -92,7 +92,7 @@ def cu_seqlens(position_ids: Tensor) -> Tensor:
     """
     flat = position_ids.flatten().numpy()
     starts = np.flatnonzero(flat == 0)
-    size = 1 << max(6, int(len(starts)).bit_length())
+    size = 1 << max(6, len(starts).bit_length())
     found = np.full(size + 1, len(flat), dtype=np.int32)
     found[: len(starts)] = starts
     return torch.from_numpy(found)

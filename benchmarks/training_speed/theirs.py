@@ -19,6 +19,8 @@ import torch
 from training_speed.shapes import build
 from transformers import TrainerCallback
 
+SETTINGS = ("rows", "length", "liger", "packing", "attention", "checkpointing")
+
 
 class StepTimes(TrainerCallback):
     """When each optimiser step ended, with the GPU idle."""
