@@ -101,6 +101,51 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """What is minimised: a weighted sum, each part a mean over its own units."""
+
+    nll: float = 1.0
+    """Weight of −log p of the counted tokens: all that can be learnt from text alone."""
+    matching: float = 0.0
+    """Weight of surprisal matching: smooth-L1 between the surprisals of words under small LM and target."""
+    ranking: float = 0.0
+    """Weight of ranking the words that the target would keep above those that it would drop."""
+    divergence: float = 0.0
+    """Weight of the KL divergence from the target's likeliest tokens; small LM and target share a vocabulary."""
+    target: str = ""
+    """The target LLM if it can be loaded here (an alias, a folder or a hub id): it reads the texts before training."""
+    log_probabilities: str = ""
+    """Parquet file of the target's log-probabilities of the records' texts, where it cannot be loaded."""
+    top_k: int = 32
+    """Likeliest tokens that ``divergence`` compares."""
+    turning_point: float = 1.0
+    """Nats at which ``matching`` turns from squared to absolute error."""
+    near_threshold: float = 0.0
+    """Extra weight of the words that the target would hardly keep or hardly drop, in ``matching``."""
+
+    def __post_init__(self) -> None:
+        weights = {name: getattr(self, name) for name in ("nll", "matching", "ranking", "divergence")}
+        asks = [f"objective.{name}" for name in ("matching", "ranking", "divergence") if weights[name] > 0]
+        _refuse(
+            *((weight < 0, f"objective.{name} is {weight}; expected at least 0") for name, weight in weights.items()),
+            (not any(weights.values()), "all weights of objective are 0; expected one above 0"),
+            (
+                bool(asks) and bool(self.target) == bool(self.log_probabilities),
+                f"{', '.join(asks)} compares with the target; set objective.target to a model that can be loaded here, "
+                "or objective.log_probabilities to a file of what it thinks",
+            ),
+            (self.top_k < 1, f"objective.top_k is {self.top_k}; expected at least 1"),
+            (not self.turning_point > 0, f"objective.turning_point is {self.turning_point}; expected more than 0"),
+            (self.near_threshold < 0, f"objective.near_threshold is {self.near_threshold}; expected at least 0"),
+        )
+
+    @property
+    def compares(self) -> bool:
+        """Whether the target's opinion on each text is needed."""
+        return self.matching > 0 or self.ranking > 0 or self.divergence > 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimisationSettings:
     """AdamW and its schedule."""
 
@@ -189,6 +234,7 @@ class AlignConfig:
     """How a record becomes text."""
     loss_on: LossOn = LossOn.RESPONSE
     """Which tokens the loss counts; held-out text is always scored on the response."""
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
     optimisation: OptimisationSettings = field(default_factory=OptimisationSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
