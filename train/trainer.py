@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -14,9 +13,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from terselm.errors import ConfigError
+from terselm.train.batches import MODEL_INPUTS, Collator, StepCounts
 from terselm.train.callbacks import MEASURE, BestWeights, FiniteWeights, WholeCheckpoints
 from terselm.train.config import AlignConfig
-from terselm.train.packing import IGNORED, Row, collate
+from terselm.train.objectives import Mixture
+from terselm.train.packing import Row
 from terselm.train.progress import Progress
 from terselm.train.run_folder import RunFolder
 from terselm.train.saving import clear_disk_errors
@@ -24,7 +25,7 @@ from terselm.train.trackers import tracker_callbacks
 
 
 class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
-    """Minimises the mean NLL of the counted tokens of each optimiser step, whichever process or pass they are in."""
+    """Minimises the objective of each optimiser step, whichever process or pass its tokens are in."""
 
     def __init__(
         self,
@@ -36,6 +37,8 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
     ) -> None:
         self.control: Any  # transformers is untyped
         self.progress = Progress()
+        self._objective = Mixture.of(config.objective)
+        self._counts = StepCounts.of(schedule, config.optimisation.rows_per_step, self._objective)
         self.choose_by: Callable[[], float] | None = None  # bits per byte of the text that chooses the best weights
         self._folder = folder
         self._finite = FiniteWeights(self, folder)
@@ -47,7 +50,10 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
             args=arguments,
             train_dataset=schedule,
             eval_dataset=[],  # it asks for one before `evaluate` is called; ours is scored by `choose_by`
-            data_collator=partial(collate, pad_id=0),
+            data_collator=Collator(
+                objective=self._objective,
+                width=config.data.max_length if arguments.device.type == "cuda" else None,  # one shape to compile for
+            ),
             callbacks=[*watchers, self._finite, *tracker_callbacks(config.tracker, folder.path)],
         )
         self.remove_callback(PrinterCallback)
@@ -55,26 +61,27 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor]:
-        """The passes of one step, and how many tokens they count over all processes."""
-        batches = list(islice(epoch_iterator, num_batches))
-        counted = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
-        tokens = sum(int(batch["tokens"].sum()) for batch in batches)
-        totals = self.accelerator.reduce(torch.tensor([counted, tokens], device=device), reduction="sum")
-        self.state.num_input_tokens_seen += int(totals[1])
-        return batches, totals[0]
+    ) -> tuple[list[Any], list[float]]:
+        """The passes of one step, and the divisors of its losses over all processes; asks no GPU."""
+        step = self.state.global_step
+        self.state.num_input_tokens_seen += int(self._counts.tokens[step])
+        return list(islice(epoch_iterator, num_batches)), self._counts.units[step].tolist()
 
     def compute_loss(
         self,
         model: Any,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
-        """Sum of nats / counted tokens of the whole step; times the processes, over which DDP takes the mean."""
-        surprisals = model(**{name: inputs[name] for name in ("input_ids", "position_ids", "labels")})
-        loss = surprisals.sum() * self.accelerator.num_processes / num_items_in_batch
+        """This pass's share of the step's loss; times the processes, over which DDP takes the mean."""
+        surprisals = model(**{name: inputs[name] for name in MODEL_INPUTS})
+        loss = self._objective.loss(surprisals, inputs, num_items_in_batch) * self.accelerator.num_processes
         return (loss, surprisals) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
+        """Not counted: transformers would go through all parameters in each pass; see `speed.flops_per_token`."""
+        return 0
 
     def training_step(self, *arguments: Any, **named: Any) -> Tensor:
         loss: Tensor = super().training_step(*arguments, **named)
