@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from terselm.errors import TrainingError
-from terselm.train.packing import IGNORED
 
 if TYPE_CHECKING:
     from terselm.train.trainer import AlignmentTrainer
@@ -95,14 +94,13 @@ def _pass(trainer: AlignmentTrainer, rows: int) -> PassCost:
     model: Any = trainer.model
     fullest = max(trainer.train_dataset, key=lambda row: sum(map(len, row)))
     batch = trainer._prepare_inputs(trainer.data_collator([fullest] * rows))
-    counted = (batch["labels"] != IGNORED).sum()
     on_gpu = trainer.accelerator.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     moments = [torch.empty_like(w, dtype=torch.float32) for w in model.parameters() if w.requires_grad for _ in "mv"]
     model.train()
     started = time.perf_counter()
-    trainer.compute_loss(model, batch, num_items_in_batch=counted).backward()
+    trainer.compute_loss(model, batch, num_items_in_batch=trainer.divisors([fullest] * rows)).backward()
     if on_gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started

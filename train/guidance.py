@@ -133,12 +133,14 @@ def guide(
         return guided
     shift = len(record.prompt) if opinion.text != text else 0
     theirs = np.stack([opinion.starts, opinion.ends], axis=1).astype(np.int64) + shift
-    real = spans[:, 0] >= 0
+    real = spans[:, 0] >= shift  # what the opinion is about
     words = words_of_tokens(text, spans[real])
     count = len(word_spans(text))
     of_theirs = words_of_tokens(text, theirs)
     nats = np.bincount(of_theirs, weights=-opinion.logprobs.astype(np.float64), minlength=count)
-    known = np.isfinite(nats) & (np.bincount(of_theirs, minlength=count) > 0) & (np.bincount(words, minlength=count) > 0)
+    known = (
+        np.isfinite(nats) & (np.bincount(of_theirs, minlength=count) > 0) & (np.bincount(words, minlength=count) > 0)
+    )
     number = np.full(count, NO_WORD, dtype=np.int32)
     number[known] = np.arange(known.sum())
     guided.words[real] = number[words]

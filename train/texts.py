@@ -8,10 +8,11 @@ from typing import Any
 
 from terselm.data.records import read_records, split_by_instruction
 from terselm.errors import ConfigError
-from terselm.models import CausalLM
+from terselm.models import CausalLM, load_causal_lm
 from terselm.train.config import AlignConfig, LossOn
 from terselm.train.evaluation import HeldOutText
 from terselm.train.examples import EncodedRecords, Encoding, encode
+from terselm.train.guidance import Target
 from terselm.train.packing import Row, pack
 
 
@@ -43,7 +44,20 @@ class Texts:
             "real_token_share": self.training.tokens / (len(self.rows) * self.row_length),
             "overlong_split": self.training.split + self.held_out.text.split,
             "overlong_dropped": self.training.dropped + self.held_out.text.dropped,
+            "without_opinion": self.training.unguided,
         }
+
+
+def _target(config: AlignConfig, lm: CausalLM) -> Target | None:
+    """Whose opinion the objective needs; a model leaves memory when the texts have been read."""
+    settings = config.objective
+    if not settings.compares:
+        return None
+    source: CausalLM | Path = Path(settings.log_probabilities)
+    if settings.target:
+        dtype = str(lm.model.dtype).removeprefix("torch.")
+        source = load_causal_lm(settings.target, device=str(lm.model.device), dtype=dtype)
+    return Target(source, settings.top_k if settings.divergence else 0, lm.tokenizer)
 
 
 def read_texts(config: AlignConfig, lm: CausalLM) -> Texts:
@@ -67,9 +81,16 @@ def read_texts(config: AlignConfig, lm: CausalLM) -> Texts:
         loss_on=config.loss_on,
         max_length=row_length,
         overlong=config.data.overlong,
+        target=_target(config, lm),
+        top_k=config.objective.top_k if config.objective.divergence else 0,
     )
     training = encode(records, encoding)
-    held_out = encode(held_out_records, replace(encoding, end_id=None, loss_on=LossOn.RESPONSE))
+    if training.unguided == len(records):
+        raise ConfigError(
+            f"{config.objective.log_probabilities} has an opinion on none of the {len(records)} training records; it "
+            "has to be made from the same records, with the same template"
+        )
+    held_out = encode(held_out_records, replace(encoding, end_id=None, loss_on=LossOn.RESPONSE, target=None))
     return Texts(
         records=len(records),
         targets=sorted({r.generation.model for r in records if r.generation is not None}),

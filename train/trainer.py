@@ -79,6 +79,10 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         loss = self._objective.loss(surprisals, inputs, num_items_in_batch) * self.accelerator.num_processes
         return (loss, surprisals) if return_outputs else loss
 
+    def divisors(self, rows: Sequence[Row]) -> list[float]:
+        """What the losses of a step of these rows alone are divided by."""
+        return [float(units) for units in self._objective.units([example for row in rows for example in row])]
+
     def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
         """Not counted: transformers would go through all parameters in each pass; see `speed.flops_per_token`."""
         return 0

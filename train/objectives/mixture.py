@@ -48,7 +48,8 @@ class Mixture:
     def units(self, examples: Sequence[Example]) -> NDArray[np.float64]:
         """``(objectives,)``: the divisors of these examples."""
         found = [[part.units(example) for part in self._parts] for example in examples]
-        return np.asarray(found, dtype=np.float64).reshape(-1, len(self._parts)).sum(axis=0)
+        table: NDArray[np.float64] = np.asarray(found, dtype=np.float64).reshape(-1, len(self._parts))
+        return np.asarray(table.sum(axis=0))
 
     def inputs(self, examples: Sequence[Example], read: Read) -> dict[str, NDArray[np.generic]]:
         """What `loss` needs of these examples."""

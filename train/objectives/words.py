@@ -20,7 +20,8 @@ def in_words(example: Example) -> NDArray[np.bool_]:
     """``(n,)``: the tokens of words that the target has an opinion on."""
     if example.guide is None:
         return np.zeros(len(example), dtype=np.bool_)
-    return example.guide.words != NO_WORD
+    found: NDArray[np.bool_] = example.guide.words != NO_WORD
+    return found
 
 
 def count_words(example: Example) -> int:
@@ -28,7 +29,7 @@ def count_words(example: Example) -> int:
 
 
 def word_inputs(examples: Sequence[Example], read: Read) -> dict[str, NDArray[np.generic]]:
-    """``word_of``: ``(n,)`` the word of each token read, W for none; ``word_nats``: ``(W,)`` the target's surprisals."""
+    """``word_of``: ``(n,)`` the word of each token that is read, W for none; ``word_nats``: ``(W,)`` the target's."""
     total = sum(count_words(example) for example in examples)
     words, nats = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.float32)]
     start = 0
