@@ -83,7 +83,7 @@ def load_causal_lm(name: str | Path, *, device: str = "auto", dtype: str = "auto
     if not tokenizer.is_fast:
         raise ModelError(f"{str(name)!r} has no fast tokenizer; TerseLM needs its character offsets")
     if dtype == _INT8:
-        model = quantise_linear_layers(model)
+        model = quantise_linear_layers(model, tokenizer)
     try:
         return CausalLM(model=model.to(place).eval(), tokenizer=tokenizer, name=str(name))
     except (RuntimeError, AssertionError) as error:
