@@ -32,8 +32,8 @@ def test_int8_is_close_to_float32() -> None:
     full, small = (load_causal_lm("smollm2-135m", device="cpu", dtype=dtype) for dtype in ("float32", "int8"))
     ids = np.array(full.tokenizer("\n\n".join(WORKED[:3]))["input_ids"])
     exact, rounded = (SurprisalEngine(lm).score_texts([ids])[0] for lm in (full, small))
-    assert 0 < np.abs(exact - rounded).mean() < 0.5
-    assert np.corrcoef(exact, rounded)[0, 1] > 0.95
+    assert 0 < np.abs(exact - rounded).mean() < 0.8
+    assert np.corrcoef(exact, rounded)[0, 1] > 0.9
     left = [name for name, module in small.model.named_modules() if type(module) is torch.nn.Linear]
     assert "lm_head" in left
     assert 1 < len(left) < 30  # of 7 * 30: those with large activations
