@@ -21,6 +21,7 @@ class BulkSettings:
 
     Attributes:
         model: name of the small LM; results of different models are not mixed.
+        dtype: its number format, likewise.
         budget: tokens allowed, for rows that say nothing else.
         rate: instead, the fraction to keep; with neither, each row must give its own.
         keep: what must survive, in every row.
@@ -33,6 +34,7 @@ class BulkSettings:
     """
 
     model: str
+    dtype: str = "auto"
     budget: int | None = None
     rate: float | None = None
     keep: Sequence[Keep] = ()
@@ -53,5 +55,5 @@ class BulkSettings:
         """What a result depends on, as plain values."""
         compression = {key: value for key, value in asdict(self.compression).items() if key not in _WITHOUT_EFFECT}
         keep = [(item.pattern, item.flags) if isinstance(item, re.Pattern) else repr(item) for item in self.keep]
-        own = {name: getattr(self, name) for name in ("model", "budget", "rate", "counter")}
+        own = {name: getattr(self, name) for name in ("model", "dtype", "budget", "rate", "counter")}
         return own | {"keep": keep} | compression

@@ -28,6 +28,7 @@ _Keep = Annotated[list[str] | None, typer.Option(help="Literal text that must su
 _KeepRegex = Annotated[list[str] | None, typer.Option(help="The same as a regular expression.")]
 _KeepPreset = Annotated[list[str] | None, typer.Option(help="numbers, urls or code_fences.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+_Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, or int8 (CPU).")]
 
 
 @app.command()
@@ -51,6 +52,7 @@ def compress(
     keep_regex: _KeepRegex = None,
     keep_preset: _KeepPreset = None,
     device: _Device = "auto",
+    dtype: _Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result with its figures as JSON.")] = False,
     tokens: Annotated[bool, typer.Option(help="With --json: the decision on every token.")] = False,
 ) -> None:
@@ -68,7 +70,7 @@ def compress(
     from terselm.compress.compressor import PromptCompressor
 
     quieten_transformers()
-    compressor = PromptCompressor.from_pretrained(model, device=device, settings=settings)
+    compressor = PromptCompressor.from_pretrained(model, device=device, dtype=dtype, settings=settings)
     result = compressor.compress_batch([asked], budget=budget, rate=rate, keep=protected, counter=counter)[0]
     print(json.dumps(result.to_dict(tokens=tokens), ensure_ascii=False, indent=2) if as_json else result.text)
 
@@ -87,6 +89,7 @@ def compress_file(
     keep_regex: _KeepRegex = None,
     keep_preset: _KeepPreset = None,
     device: _Device = "auto",
+    dtype: _Dtype = "auto",
     batch_size: Annotated[int, typer.Option(help="Rows compressed, and committed to disk, together.")] = 64,
 ) -> None:
     """Compress a file of prompts.
@@ -105,6 +108,7 @@ def compress_file(
 
     settings = BulkSettings(
         model=model,
+        dtype=dtype,
         budget=budget,
         rate=rate,
         keep=protected,
@@ -117,7 +121,7 @@ def compress_file(
         quieten_transformers()
         share_out_cores()
         own = current_process().claim_device(device)
-        return PromptCompressor.from_pretrained(model, device=own, settings=settings.compression)
+        return PromptCompressor.from_pretrained(model, device=own, dtype=dtype, settings=settings.compression)
 
     if (summary := compress_rows(source, out, load, settings)) is not None:
         _log.info(summary)
