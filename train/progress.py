@@ -19,6 +19,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         self._started = 0.0
         self._first_step = 0
         self._first_tokens = 0
+        self._last = (0.0, 0)
 
     @property
     def seconds(self) -> float:
@@ -29,10 +30,17 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         """Real tokens, since training began or went on."""
         return float((state.num_input_tokens_seen - self._first_tokens) / self.seconds)
 
+    def recent_tokens_per_second(self, state: Any) -> float:
+        """Real tokens since this was last asked, without what only the start of training costs."""
+        seconds, tokens = self.seconds, state.num_input_tokens_seen
+        (before, seen), self._last = self._last, (seconds, tokens)
+        return float((tokens - seen) / (seconds - before))
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._started = time.perf_counter()
         self._first_step = state.global_step
         self._first_tokens = state.num_input_tokens_seen
+        self._last = (0.0, self._first_tokens)
         if state.is_world_process_zero and sys.stderr.isatty():
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="aligning", unit="step")
 
@@ -52,13 +60,17 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         done = state.global_step - self._first_step
         left = self.seconds / done * (state.max_steps - state.global_step)
         say(
-            f"step {state.global_step}/{state.max_steps}, loss {logs['loss']:.3f}, {rate:,.0f} tokens/s, "
-            f"{duration(left)} left"
+            f"step {state.global_step}/{state.max_steps}, loss {logs['loss']:.3f}, {rate:,.0f} tokens/s"
+            f"{_share_of_peak(logs)}, {duration(left)} left"
         )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _share_of_peak(logs: dict[str, float]) -> str:
+    return f", MFU {logs['mfu']:.1%}" if "mfu" in logs else ""
 
 
 def say(line: str) -> None:

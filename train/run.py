@@ -19,6 +19,7 @@ from terselm.train.lora import add_adapter
 from terselm.train.provenance import git_commit
 from terselm.train.run_folder import RunFolder
 from terselm.train.scoring import score_instead_of_logits
+from terselm.train.speed import tune
 from terselm.train.texts import Texts, read_texts
 from terselm.train.trainer import AlignmentTrainer, schedule_rows, training_arguments
 
@@ -145,6 +146,7 @@ def prepare(config: AlignConfig, folder: RunFolder, state: PartialState) -> Run:
     score_instead_of_logits(lm.model, autocast=None if precision == torch.float32 else precision)
     set_seed(config.seed)  # the adapter's first values
     model = add_adapter(lm.model, config.lora)
+    tune(lm.model, config.engine)
     compute = {
         "device": state.device.type,
         "dtype": dtype,

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from terselm.errors import ConfigError
+from terselm.train.config import EngineSettings
+
 _DENSE_BF16 = {  # FLOP/s without sparsity, from the vendors' data sheets; the first name that fits
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -28,35 +31,54 @@ def decoder_layers(lm: Any) -> list[Any]:
     return list(layers) if isinstance(layers, torch.nn.ModuleList) else []
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile would find what it needs: Triton and a C compiler."""
-    if device.type != "cuda" or not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
-        return False
-    return torch.utils._triton.has_triton()  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
+def tune(lm: Any, settings: EngineSettings) -> None:
+    """Compile the layers, recompute their activations, or neither.
 
+    Each layer is compiled by itself: all share one compilation, where that of the whole model would take minutes.
 
-def compile_layers(lm: Any) -> None:
-    """Compile each decoder layer by itself: they share one compilation, where the whole model would take minutes."""
+    Raises:
+        ConfigError: it cannot be compiled here.
+    """
+    if settings.recompute:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not settings.compile:
+        return
+    if (missing := _missing_to_compile(lm.device)) is not None:
+        raise ConfigError(f"engine.compile needs {missing}; set engine.compile=false")
     for layer in decoder_layers(lm):
         layer.compile()
 
 
-def multiplied_parameters(lm: Any) -> int:
-    """N: the weights that every token is multiplied with; an input embedding is looked up unless it is the head too."""
-    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
-    total = sum(parameter.numel() for parameter in lm.parameters())
-    tied = head is not None and head.weight is embedding.weight
-    return int(total if tied else total - embedding.weight.numel())
+def _missing_to_compile(device: torch.device) -> str | None:
+    from torch.utils._triton import has_triton
+
+    if device.type != "cuda":
+        return f"a GPU of NVIDIA or AMD, but the device is {device.type}"
+    if not has_triton():
+        return "Triton"
+    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        return "a C compiler"
+    return None
 
 
-def flops_per_token(parameters: int, *, base_is_trained: bool) -> int:
+def flops_per_token(lm: Any) -> int:
     """Of a forward and a backward pass: 6N, or 4N where no gradient is computed for the base weights (LoRA).
 
-    Attention's own products and recomputed activations are left out, as usual for the model FLOPs utilisation (MFU).
+    N is the weights of the base that every token is multiplied with: an input embedding is looked up, unless it is the
+    output head too. Attention's own products, the adapter's and what is recomputed are left out, as usual for the
+    model FLOPs utilisation (MFU).
+
+    Args:
+        lm: a transformers causal LM, with an adapter put on it if one is trained.
 
     Source: Appendix B of arXiv:2204.02311.
     """
-    return (6 if base_is_trained else 4) * parameters
+    total, trained = lm.num_parameters(), lm.num_parameters(only_trainable=True)
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    looked_up = 0 if head is None or head.weight is embedding.weight else embedding.weight.numel()
+    if trained < total:
+        return int(4 * (total - trained - looked_up))
+    return int(6 * (total - looked_up))
 
 
 def peak_flops(device: torch.device) -> float | None:

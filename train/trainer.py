@@ -21,6 +21,7 @@ from terselm.train.packing import Row
 from terselm.train.progress import Progress
 from terselm.train.run_folder import RunFolder
 from terselm.train.saving import clear_disk_errors
+from terselm.train.speed import flops_per_token, peak_flops
 from terselm.train.trackers import tracker_callbacks
 
 
@@ -56,6 +57,9 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
             ),
             callbacks=[*watchers, self._finite, *tracker_callbacks(config.tracker, folder.path)],
         )
+        peak = peak_flops(arguments.device)
+        self._peak_flops = None if peak is None else peak * self.accelerator.num_processes
+        self._flops_per_token = flops_per_token(model.get_base_model())
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # so that the loss is not divided by the number of passes again
 
@@ -102,9 +106,13 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what the loss history needs: real tokens seen, and the seconds it took."""
+        """Add what the loss history needs: real tokens seen, the seconds it took, and how fast that is."""
         logs["tokens"] = self.state.num_input_tokens_seen
         logs["seconds"] = self.progress.seconds
+        if "loss" in logs:
+            logs["tokens_per_second"] = self.progress.recent_tokens_per_second(self.state)
+            if self._peak_flops is not None:
+                logs["mfu"] = logs["tokens_per_second"] * self._flops_per_token / self._peak_flops
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
