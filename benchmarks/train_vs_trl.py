@@ -121,7 +121,7 @@ def save(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
     for package in ("trl", "liger-kernel"):
         path = [str(options.trl_path)] if options.trl_path else None
         found = importlib.metadata.distributions(name=package, **({"path": path} if path else {}))
-        versions.update({package: distribution.version for distribution in found})
+        versions[package] = next((distribution.version for distribution in found), "not found")
     result = {
         "command": f"python benchmarks/train_vs_trl.py --records {options.records.name}",
         "data": options.records.name,
@@ -137,7 +137,11 @@ def save(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
 
 
 def print_table(runs: list[dict[str, Any]]) -> None:
-    print("| shape | TerseLM tokens/s | MFU (4N) | memory | TRL tokens/s, its best | memory | times |\n" + "|---" * 7 + "|")
+    print(
+        "| shape | TerseLM tokens/s | MFU (4N) | memory | TRL tokens/s, its best | memory | times |\n"
+        + "|---" * 7
+        + "|"
+    )
     for shape in dict.fromkeys(run["shape"] for run in runs):
         ours, theirs = best(runs, shape, "ours"), best(runs, shape, "TRL")
         cells = [shape]

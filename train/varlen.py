@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before 2.10
+    varlen_attn = None  # type: ignore[assignment]
+
 VARLEN_ATTENTION = "terselm_varlen"
+
+# Read here, since code that is compiled cannot ask for it.
+_TAKES = set() if varlen_attn is None else inspect.signature(varlen_attn).parameters.keys()
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _TAKES else {}
 
 _HALF = (torch.bfloat16, torch.float16)
 _WIDEST_HEAD = 256  # of the kernel
@@ -27,22 +35,9 @@ def register() -> None:
     AttentionInterface.register(VARLEN_ATTENTION, varlen_attention)
 
 
-@cache
 def is_available() -> bool:
     """Whether this torch has the kernel with a scale and a window; 2.10 has neither."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
-
-
-@cache
-def _grouped() -> dict[str, Any]:
-    """Newer versions want to be told that several query heads share a key head."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return {"scale", "window_size"} <= _TAKES
 
 
 def varlen_attention(
@@ -74,16 +69,12 @@ def varlen_attention(
     Raises:
         UnsupportedAttentionError: the model wants something else besides.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     asked = [name for name in _UNKNOWN if other.get(name) is not None]
     if asked or dropout or query.dtype not in _HALF or query.shape[-1] > _WIDEST_HEAD:
         raise UnsupportedAttentionError(", ".join(asked) or f"{query.dtype}, heads of {query.shape[-1]}")
     window = (-1, 0) if sliding_window is None or sliding_window >= longest else (sliding_window - 1, 0)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, D)
-    out = varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=window, **_grouped()
-    )
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=window, **_GROUPED)
     assert isinstance(out, Tensor)
     return out[None], None
 

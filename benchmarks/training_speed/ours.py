@@ -1,6 +1,6 @@
 """Our side, in a process of its own: the trainer that `train/align.py` runs, on a model with random weights.
 
-    python benchmarks/training_speed/ours.py --shape 135m --records FILE.jsonl --tokenizer FOLDER --out FILE.json
+python benchmarks/training_speed/ours.py --shape 135m --records FILE.jsonl --tokenizer FOLDER --out FILE.json
 """
 
 from __future__ import annotations
