@@ -105,6 +105,7 @@ def score(
     model.eval()
     nats = np.zeros(len(held_out.tokens))
     device = next(model.parameters()).device
+    shape = (rows_per_pass, row_length) if device.type == "cuda" else None  # one shape to compile for
     rows = pack(held_out.text.examples, row_length)
     passes = math.ceil(math.ceil(len(rows) / processes) / rows_per_pass)  # as many in each: sharded models need it
     own = rows[rank::processes]
@@ -112,7 +113,7 @@ def score(
         range(passes), desc="scoring held-out text", leave=False, disable=rank > 0 or not sys.stderr.isatty()
     ):
         some = own[index * rows_per_pass : (index + 1) * rows_per_pass]
-        batch = collate(some or rows[:1], pad_id=0)
+        batch = collate(some or rows[:1], pad_id=0, shape=shape)
         surprisals = model(**{name: batch[name].to(device) for name in ("input_ids", "position_ids", "labels")})
         if not some:
             continue  # it was for the others

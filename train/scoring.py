@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from terselm.errors import ModelError
-from terselm.train import attention, varlen
+from terselm.train import attention, packing, varlen
 from terselm.train.attention import PACKED_ATTENTION
 from terselm.train.log_probabilities import surprisals
 from terselm.train.packing import IGNORED
-from terselm.train.varlen import VARLEN_ATTENTION, UnsupportedAttentionError, spans_of
+from terselm.train.varlen import VARLEN_ATTENTION, UnsupportedAttentionError
 
 _PROBE = 16  # tokens
 
@@ -64,7 +64,7 @@ def _last_states(lm: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlens: T
     inputs = {"input_ids": input_ids, "position_ids": position_ids}
     extra: dict[str, Any] = {}
     if lm.config._attn_implementation == VARLEN_ATTENTION:
-        spans = spans_of(position_ids) if cu_seqlens is None else cu_seqlens
+        spans = packing.cu_seqlens(position_ids.cpu()).to(lm.device) if cu_seqlens is None else cu_seqlens
         extra = {"cu_seqlens": spans, "longest": input_ids.shape[1]}
         inputs = {name: tensor.reshape(1, -1) for name, tensor in inputs.items()}
     # A cache would switch off the mask between packed examples.

@@ -77,10 +77,3 @@ def varlen_attention(
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=window, **_GROUPED)
     assert isinstance(out, Tensor)
     return out[None], None
-
-
-def spans_of(position_ids: Tensor) -> Tensor:
-    """``(E + 1,)`` int32 cu_seqlens of flattened ``(B, T)`` positions; an example starts where its position is 0."""
-    flat = position_ids.flatten()
-    starts = (flat == 0).nonzero().flatten()
-    return torch.cat([starts, starts.new_tensor([len(flat)])]).int()
