@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 from terselm.errors import ConfigError
@@ -55,6 +56,7 @@ def estimate(run: Run) -> Estimate:
     """
     if run.is_sharded:
         raise ConfigError("--dry-run cannot try a sharded model; use it with one process or with DDP")
+    _remove_empty(run)
     cost = find_fitting(run.trainer, asked=run.rows_per_pass, share=run.share, repeat=True)
     steps, every = run.compute["steps"], run.config.evaluation.every
     scored = 2 * run.reported.text.tokens
@@ -68,3 +70,10 @@ def estimate(run: Run) -> Estimate:
         scoring_seconds=scored / run.texts.row_length * forward / run.state.num_processes,
         device=run.compute["device"],
     )
+
+
+def _remove_empty(run: Run) -> None:
+    """The folders that the Trainer makes before there is anything to put into them."""
+    for folder in (run.folder.checkpoints, run.folder.path):
+        with suppress(OSError):
+            folder.rmdir()

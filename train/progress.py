@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -80,6 +82,8 @@ def say(line: str) -> None:
 
 def quieten_libraries() -> None:
     """No bars and no deprecation notices of libraries between our lines; their errors remain."""
+    if torch.accelerator.current_accelerator(check_available=True) is None:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is installed, says what it has found
     from transformers.utils import logging
 
     logging.set_verbosity_error()
