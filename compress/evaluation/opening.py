@@ -1,0 +1,89 @@
+"""Opening what an evaluation works with: the target, the small LMs, the methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from terselm.compress.evaluation.methods import OURS, PEER, Method, MethodName
+from terselm.compress.evaluation.settings import EvaluateSettings, TargetSettings
+from terselm.compress.evaluation.targets import LocalTarget, Target
+from terselm.errors import ConfigError
+from terselm.models import CausalLM, load_causal_lm
+
+
+def open_target(settings: TargetSettings) -> Target:
+    """Load a local target.
+
+    Raises:
+        ConfigError: an endpoint is asked for.
+    """
+    if settings.base_url:
+        raise ConfigError(f"target.base_url is {settings.base_url!r}; endpoints cannot be evaluated yet")
+    return LocalTarget(load_causal_lm(settings.model, device=settings.device, dtype=settings.dtype))
+
+
+class Workshop:
+    """Builds methods; each small LM is loaded once.
+
+    Args:
+        target: counts tokens; a local one may be the small LM too.
+    """
+
+    def __init__(self, settings: EvaluateSettings, target: Target) -> None:
+        self._settings = settings
+        self._target = target
+        self._small_lm = cache(self._load)
+
+    @contextmanager
+    def method(self, name: MethodName) -> Iterator[Method]:
+        """A method that is ready to work; what it holds is let go at the end."""
+        settings = self._settings
+        if name.kind == PEER:
+            from terselm.compress.evaluation.peer import Llmlingua
+
+            peer = Llmlingua(settings.llmlingua, name.model or settings.model, settings.device)
+            try:
+                yield peer
+            finally:
+                peer.close()
+        elif name.kind == OURS:
+            yield self._ours(name)
+        else:
+            yield self._baseline(name)
+
+    def oracle(self, name: MethodName) -> Method:
+        """The same method with the target itself as the small LM.
+
+        Raises:
+            ConfigError: the target is not a local model.
+        """
+        if not isinstance(self._target, LocalTarget):
+            raise ConfigError("oracle needs a local target; turn it off")
+        return self._ours(name, self._target.lm)
+
+    def _ours(self, name: MethodName, lm: CausalLM | None = None) -> Method:
+        from terselm.compress.compressor import PromptCompressor
+        from terselm.compress.evaluation.ours import Ours
+
+        lm = lm or self._small_lm(name.model or self._settings.model)
+        return Ours(compressor=PromptCompressor(lm, settings=name.settings), count=self._target.count)
+
+    def _baseline(self, name: MethodName) -> Method:
+        from terselm.compress.evaluation.baselines import BASELINES, Baseline, Tools
+        from terselm.compress.evaluation.ours import Surprisals
+
+        model = name.model or self._settings.model
+        reader: list[Surprisals] = []  # made when it is first needed
+
+        def surprisals(text: str, spans: object) -> list[float]:
+            if not reader:
+                reader.append(Surprisals(self._small_lm(model)))
+            return reader[0](text, spans)  # type: ignore[arg-type]
+
+        tools = Tools(count=self._target.count, surprisals=surprisals, seed=self._settings.seed)
+        return Baseline(shorten=BASELINES[name.kind], tools=tools)
+
+    def _load(self, model: str) -> CausalLM:
+        return load_causal_lm(model, device=self._settings.device)

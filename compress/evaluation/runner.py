@@ -1,0 +1,209 @@
+"""Running an evaluation: every method at every budget on every item, committed batch by batch.
+
+A run that was killed goes on when it is started again: what is in its journal is not done anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from terselm.compress.evaluation.budgets import Budget, parse_budget
+from terselm.compress.evaluation.items import Item, Suite, full_text
+from terselm.compress.evaluation.methods import OURS, Compressed, Method, MethodName, parse_method
+from terselm.compress.evaluation.opening import Workshop, open_target
+from terselm.compress.evaluation.overlap import kept_words, overlap
+from terselm.compress.evaluation.settings import EvaluateSettings
+from terselm.compress.evaluation.suites import load_suite
+from terselm.compress.evaluation.targets import Target
+from terselm.compress.prompt import Prompt
+from terselm.data.journal import Journal, locked
+from terselm.errors import ConfigError
+
+JOURNAL = "journal.jsonl"
+ZERO, FULL = "zero-shot", "full"  # the prompt without demonstrations; the whole prompt
+NO_BUDGET = "-"
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One method at one budget; ``budget`` is None for the two references, which shorten nothing."""
+
+    method: str
+    budget: Budget | None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.method, self.budget.name if self.budget is not None else NO_BUDGET
+
+
+class Run:
+    """One evaluation.
+
+    Args:
+        settings: of the evaluation.
+        folder: where its journal is.
+        target: instead of the one that the settings name.
+    """
+
+    def __init__(self, settings: EvaluateSettings, folder: Path, target: Target | None = None) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.methods = [parse_method(text) for text in settings.methods]
+        self.budgets = [parse_budget(text) for text in settings.budgets]
+        self.suite: Suite = load_suite(settings.suite)
+        # those that share demonstrations follow each other, so that what was read of these is still known
+        self.items = sorted(self.suite.items, key=lambda item: item.group)
+        self._target = target
+
+    def measure(self) -> list[Entry]:
+        """Measure what is not in the journal yet; give all entries.
+
+        Raises:
+            ConfigError: the folder holds another evaluation, or another process is at work in it.
+        """
+        path = self.folder / JOURNAL
+        with locked(path), Journal(path) as journal:
+            done = self._done(journal)
+            cells = [cell for cell in self._cells() if self._missing(cell, done)]
+            if cells:
+                self._work(cells, done, journal)
+            wanted = {cell.key for cell in self._cells()}
+            return [entry for entry in journal.entries if (entry.get("method"), entry.get("budget")) in wanted]
+
+    def _cells(self) -> list[Cell]:
+        references = [Cell(method=ZERO, budget=None), Cell(method=FULL, budget=None)]
+        return references + [
+            Cell(method=method.text, budget=budget) for method in self.methods for budget in self.budgets
+        ]
+
+    def _done(self, journal: Journal) -> set[tuple[str, str, str]]:
+        entries = journal.entries
+        print_now = self._fingerprint()
+        if not entries:
+            journal.append([{"evaluation": print_now}])
+        elif entries[0].get("evaluation") != print_now:
+            raise ConfigError(
+                f"{self.folder} holds another evaluation (other questions, target or measures); name another folder"
+            )
+        return {(entry["method"], entry["budget"], entry["id"]) for entry in entries if "method" in entry}
+
+    def _missing(self, cell: Cell, done: set[tuple[str, str, str]]) -> list[Item]:
+        return [item for item in self.items if (*cell.key, item.id) not in done]
+
+    def _work(self, cells: Sequence[Cell], done: set[tuple[str, str, str]], journal: Journal) -> None:
+        from tqdm import tqdm
+
+        target = self._target or open_target(self.settings.target)
+        if self.settings.score and not target.can_score:
+            raise ConfigError("this target does not give log-probabilities; set score=false and generate=true")
+        workshop = Workshop(self.settings, target)
+        bar = tqdm(total=sum(len(self._missing(cell, done)) for cell in cells), unit="prompt", disable=None)
+        with bar:
+            for name in [None, *self.methods]:
+                mine = [cell for cell in cells if cell.method == name.text] if name else cells_without_budget(cells)
+                if not mine:
+                    continue
+                for entries in self._run_method(name, mine, workshop, target, done):
+                    journal.append(entries)
+                    bar.set_postfix_str(mine[0].method)
+                    bar.update(len(entries))
+
+    def _run_method(
+        self,
+        name: MethodName | None,
+        cells: Sequence[Cell],
+        workshop: Workshop,
+        target: Target,
+        done: set[tuple[str, str, str]],
+    ) -> Iterator[list[Entry]]:
+        if name is None:
+            for cell in cells:
+                for items in _batched(self._missing(cell, done), self.settings.batch):
+                    prompts = [item.bare if cell.method == ZERO else item.prompt for item in items]
+                    yield self._measure(cell, items, [Compressed(text=full_text(p)) for p in prompts], 0.0, target)
+            return
+        oracle = workshop.oracle(name) if self.settings.oracle and name.kind == OURS else None
+        with workshop.method(name) as method:
+            for cell in cells:
+                for items in _batched(self._missing(cell, done), self.settings.batch):
+                    yield self._shorten_and_measure(cell, items, method, oracle, target)
+
+    def _shorten_and_measure(
+        self, cell: Cell, items: Sequence[Item], method: Method, oracle: Method | None, target: Target
+    ) -> list[Entry]:
+        assert cell.budget is not None
+        prompts: list[Prompt] = [item.prompt for item in items]
+        budgets = [cell.budget.of(item, target.count) for item in items]
+        began = time.perf_counter()
+        shortened = method.compress(prompts, budgets)
+        seconds = (time.perf_counter() - began) / len(items)
+        entries = self._measure(cell, items, shortened, seconds, target)
+        for entry, allowed in zip(entries, budgets, strict=True):
+            entry["allowed"] = allowed
+        if oracle is not None:
+            theirs = oracle.compress(prompts, budgets)
+            for entry, a, b in zip(entries, shortened, theirs, strict=True):
+                entry["overlap"] = overlap(kept_words(a), kept_words(b))
+        return entries
+
+    def _measure(
+        self, cell: Cell, items: Sequence[Item], shortened: Sequence[Compressed], seconds: float, target: Target
+    ) -> list[Entry]:
+        texts = [one.text for one in shortened]
+        entries: list[Entry] = [
+            {
+                "method": cell.key[0],
+                "budget": cell.key[1],
+                "id": item.id,
+                "tokens": target.count(text),
+                "compressor_seconds": round(seconds, 6),
+                "text": text,
+            }
+            for item, text in zip(items, texts, strict=True)
+        ]
+        if self.settings.score:
+            scored = [i for i, item in enumerate(items) if item.gold]
+            scores = target.score([texts[i] for i in scored], [items[i].gold for i in scored])
+            for i, score in zip(scored, scores, strict=True):
+                entries[i] |= {"nats": score.nats, "gold_tokens": score.tokens}
+        if self.settings.generate:
+            began = time.perf_counter()
+            answers = target.generate(texts, max_new_tokens=self.suite.max_new_tokens, stop=self.suite.stop)
+            spent = (time.perf_counter() - began) / len(items)
+            for entry, item, answer in zip(entries, items, answers, strict=True):
+                entry |= {"answer": answer, "target_seconds": round(spent, 6)}
+                if self.suite.right is not None and item.answers:
+                    entry["right"] = self.suite.right(answer, item)
+        if self.suite.kept is not None:
+            for entry, item in zip(entries, items, strict=True):
+                entry["answer_kept"] = self.suite.kept(entry["text"], item)
+        return entries
+
+    def _fingerprint(self) -> str:
+        """Of what must not change under a journal: the questions, the target, and what is measured."""
+        settings = self.settings
+        digest = blake2b(digest_size=16)
+        told = [settings.target.model, settings.target.base_url, settings.target.dtype, settings.model]
+        told += [str(flag) for flag in (settings.score, settings.generate, settings.oracle, settings.seed)]
+        for item in self.items:
+            told += [item.id, item.gold, full_text(item.prompt, "\x1f"), *item.answers]
+        for text in told:
+            digest.update(text.encode() + b"\x00")
+        return digest.hexdigest()
+
+
+def cells_without_budget(cells: Sequence[Cell]) -> list[Cell]:
+    """The references."""
+    return [cell for cell in cells if cell.budget is None]
+
+
+def _batched(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    for begin in range(0, len(items), size):
+        yield items[begin : begin + size]

@@ -1,0 +1,132 @@
+"""What is evaluated, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from terselm.errors import ConfigError
+
+
+class SuiteName(StrEnum):
+    """The benchmarks."""
+
+    GSM8K = "gsm8k"
+    BBH = "bbh"
+    NQ = "nq"
+    SHAREGPT = "sharegpt"
+    ARXIV = "arxiv"
+    PROMPTS = "prompts"  # the user's own
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteSettings:
+    """Which questions, from where.
+
+    Attributes:
+        name: the suite.
+        questions: how many; of BBH, for each task.
+        sets: how many demonstration sets GSM8K's questions are shared out among; each is drawn from the training rows.
+        shots: demonstrations in a set.
+        documents: passages in a prompt of NQ.
+        tasks: those of BBH to use; none for all.
+        seed: of every draw.
+        data: a local file (GSM8K's test rows, NQ, ShareGPT, arXiv, own prompts) or folder (BBH); None for the hub.
+        train: GSM8K's training rows; None for the hub.
+        prompt: a file of demonstrations separated by blank lines (GSM8K), or the folder of BBH's chain-of-thought
+            prompts; replaces drawn demonstrations.
+
+    Raises:
+        ConfigError: a number below 1.
+    """
+
+    name: SuiteName = SuiteName.GSM8K
+    questions: int = 200
+    sets: int = 10
+    shots: int = 9
+    documents: int = 10
+    tasks: list[str] = field(default_factory=list)
+    seed: int = 0
+    data: Path | None = None
+    train: Path | None = None
+    prompt: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("questions", "sets", "shots", "documents"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"suite.{name} is {getattr(self, name)}; expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSettings:
+    """The model that reads the prompts.
+
+    Attributes:
+        model: of a local target, what `load_causal_lm` takes; of an endpoint, the name it goes by there.
+        base_url: of an OpenAI-compatible endpoint; empty for a local model.
+        counter: tokenizer that an endpoint's tokens are counted in; a local target has its own.
+        device: of a local model.
+        dtype: of a local model.
+        ledger: file in which an endpoint's answers are kept, so that none is asked for twice.
+        price: of a million prompt tokens, in whatever currency; 0 leaves costs out.
+    """
+
+    model: str = "gemma3-270m"
+    base_url: str = ""
+    counter: str = "cl100k_base"
+    device: str = "auto"
+    dtype: str = "auto"
+    ledger: Path | None = None
+    price: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """One evaluation.
+
+    Attributes:
+        suite: the questions.
+        target: the model that reads them.
+        methods: how prompts are shortened; see `parse_method`.
+        budgets: "1-shot", "half-shot", "quarter-shot" or "2.5-shot" (instruction, question and so many mean
+            demonstrations), "300" (tokens) or "0.2" (a share of the prompt's tokens), in the target's tokens.
+        compare: the method that all others are compared with; empty for the first.
+        model: the small LM of methods that name none.
+        device: of the small LM.
+        llmlingua: interpreter of an environment with llmlingua, or a folder that pip installed it into.
+        score: whether −log p of the gold answer is measured; needs a local target.
+        generate: whether the target answers.
+        oracle: whether the words that ours keeps are compared with those that the target itself, as compressor, keeps.
+        batch: prompts that are compressed, and committed to disk, together.
+        seed: of random methods and of intervals.
+
+    Raises:
+        ConfigError: no methods or budgets, or neither score nor generate.
+    """
+
+    suite: SuiteSettings = field(default_factory=SuiteSettings)
+    target: TargetSettings = field(default_factory=TargetSettings)
+    methods: list[str] = field(default_factory=lambda: ["terselm", "truncate", "demonstrations-random"])
+    budgets: list[str] = field(default_factory=lambda: ["1-shot", "half-shot", "quarter-shot"])
+    compare: str = ""
+    model: str = "smollm2-135m"
+    device: str = "auto"
+    llmlingua: Path | None = None
+    score: bool = True
+    generate: bool = False
+    oracle: bool = False
+    batch: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.methods or not self.budgets:
+            raise ConfigError("there are no methods or no budgets; name at least one of each")
+        if len(set(self.methods)) < len(self.methods):
+            raise ConfigError("a method is named twice; name each once")
+        if self.compare and self.compare not in self.methods:
+            raise ConfigError(f"compare is {self.compare!r}; expected one of the methods: {', '.join(self.methods)}")
+        if not self.score and not self.generate:
+            raise ConfigError("neither score nor generate is on, so there is nothing to measure; turn one on")
+        if self.batch < 1:
+            raise ConfigError(f"batch is {self.batch}; expected at least 1")
