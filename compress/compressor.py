@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 
@@ -53,6 +54,13 @@ class PromptCompressor:
     ) -> PromptCompressor:
         """Load the small LM by alias, folder, run folder, adapter or hub id; see `load_causal_lm`."""
         return cls(load_causal_lm(name, device=device, dtype=dtype), settings=settings)
+
+    def with_settings(self, settings: CompressionSettings) -> PromptCompressor:
+        """The same small LM under other settings; what it has read stays known, so ``cache_bytes`` is as before."""
+        other = copy(self)
+        other.settings = settings
+        other._preparer = Preparer(self.lm, settings)
+        return other
 
     def compress(
         self,

@@ -29,6 +29,7 @@ ABLATIONS = {
 }
 OURS = "terselm"
 PEER = "llmlingua"
+READY = "ready"  # given by the caller
 
 
 @dataclass(frozen=True, kw_only=True)

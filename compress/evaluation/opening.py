@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from typing import TYPE_CHECKING
 
-from terselm.compress.evaluation.methods import OURS, PEER, Method, MethodName
+from terselm.compress.counter import Count
+from terselm.compress.evaluation.methods import OURS, PEER, READY, Method, MethodName
 from terselm.compress.evaluation.settings import EvaluateSettings, TargetSettings
 from terselm.compress.evaluation.targets import LocalTarget, Target
 from terselm.errors import ConfigError
 from terselm.models import CausalLM, load_causal_lm
+
+if TYPE_CHECKING:
+    from terselm.compress.compressor import PromptCompressor
 
 
 def open_target(settings: TargetSettings) -> Target:
@@ -28,19 +33,27 @@ class Workshop:
     """Builds methods; each small LM is loaded once.
 
     Args:
-        target: counts tokens; a local one may be the small LM too.
+        target: a local one may be the small LM too.
+        count: what budgets are counted in.
+        ready: methods by name that need not be built.
     """
 
-    def __init__(self, settings: EvaluateSettings, target: Target) -> None:
+    def __init__(self, settings: EvaluateSettings, target: Target, count: Count, ready: Mapping[str, Method]) -> None:
         self._settings = settings
         self._target = target
+        self._count = count
+        self._ready = ready
         self._small_lm = cache(self._load)
+        self._compressor = cache(self._load_compressor)
+        self._target_compressor = cache(self._build_target_compressor)
 
     @contextmanager
     def method(self, name: MethodName) -> Iterator[Method]:
         """A method that is ready to work; what it holds is let go at the end."""
         settings = self._settings
-        if name.kind == PEER:
+        if name.kind == READY:
+            yield self._ready[name.text]
+        elif name.kind == PEER:
             from terselm.compress.evaluation.peer import Llmlingua
 
             peer = Llmlingua(settings.llmlingua, name.model or settings.model, settings.device)
@@ -61,14 +74,13 @@ class Workshop:
         """
         if not isinstance(self._target, LocalTarget):
             raise ConfigError("oracle needs a local target; turn it off")
-        return self._ours(name, self._target.lm)
+        return self._ours(name, as_target=True)
 
-    def _ours(self, name: MethodName, lm: CausalLM | None = None) -> Method:
-        from terselm.compress.compressor import PromptCompressor
+    def _ours(self, name: MethodName, *, as_target: bool = False) -> Method:
         from terselm.compress.evaluation.ours import Ours
 
-        lm = lm or self._small_lm(name.model or self._settings.model)
-        return Ours(compressor=PromptCompressor(lm, settings=name.settings), count=self._target.count)
+        compressor = self._target_compressor() if as_target else self._compressor(name.model or self._settings.model)
+        return Ours(compressor=compressor.with_settings(name.settings), count=self._count)
 
     def _baseline(self, name: MethodName) -> Method:
         from terselm.compress.evaluation.baselines import BASELINES, Baseline, Tools
@@ -82,8 +94,19 @@ class Workshop:
                 reader.append(Surprisals(self._small_lm(model)))
             return reader[0](text, spans)  # type: ignore[arg-type]
 
-        tools = Tools(count=self._target.count, surprisals=surprisals, seed=self._settings.seed)
+        tools = Tools(count=self._count, surprisals=surprisals, seed=self._settings.seed)
         return Baseline(shorten=BASELINES[name.kind], tools=tools)
 
     def _load(self, model: str) -> CausalLM:
         return load_causal_lm(model, device=self._settings.device)
+
+    def _load_compressor(self, model: str) -> PromptCompressor:
+        from terselm.compress.compressor import PromptCompressor
+
+        return PromptCompressor(self._small_lm(model))
+
+    def _build_target_compressor(self) -> PromptCompressor:
+        from terselm.compress.compressor import PromptCompressor
+
+        assert isinstance(self._target, LocalTarget)
+        return PromptCompressor(self._target.lm)

@@ -39,7 +39,7 @@ def write_report(
     """Write ``results.json``, ``table.md`` and ``quality.png`` into ``folder``; give the table."""
     table = markdown(settings, suite, figures)
     with atomic_file(folder / "results.json") as file:
-        json.dump(_plain(as_json(settings, suite, figures)), file, indent=2, ensure_ascii=False, allow_nan=False)
+        json.dump(plain(as_json(settings, suite, figures)), file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
     with atomic_file(folder / "table.md") as file:
         file.write(table + "\n")
@@ -119,12 +119,12 @@ def _show(name: str, estimate: Estimate, *, signed: bool = False) -> str:
     return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: None in its place."""
+def plain(value: Any) -> Any:
+    """The same with None in the place of NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

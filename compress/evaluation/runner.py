@@ -6,15 +6,16 @@ A run that was killed goes on when it is started again: what is in its journal i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from terselm.compress.counter import Count, resolve_counter
 from terselm.compress.evaluation.budgets import Budget, parse_budget
 from terselm.compress.evaluation.items import Item, Suite, full_text
-from terselm.compress.evaluation.methods import OURS, Compressed, Method, MethodName, parse_method
+from terselm.compress.evaluation.methods import OURS, READY, Compressed, Method, MethodName, parse_method
 from terselm.compress.evaluation.opening import Workshop, open_target
 from terselm.compress.evaluation.overlap import kept_words, overlap
 from terselm.compress.evaluation.settings import EvaluateSettings
@@ -50,17 +51,28 @@ class Run:
         settings: of the evaluation.
         folder: where its journal is.
         target: instead of the one that the settings name.
+        methods: ready methods by name, which ``settings.methods`` may name too.
     """
 
-    def __init__(self, settings: EvaluateSettings, folder: Path, target: Target | None = None) -> None:
+    def __init__(
+        self,
+        settings: EvaluateSettings,
+        folder: Path,
+        target: Target | None = None,
+        methods: Mapping[str, Method] | None = None,
+    ) -> None:
         self.settings = settings
         self.folder = folder
-        self.methods = [parse_method(text) for text in settings.methods]
+        self._ready = methods or {}
+        self.methods = [
+            MethodName(text=text, kind=READY) if text in self._ready else parse_method(text)
+            for text in settings.methods
+        ]
         self.budgets = [parse_budget(text) for text in settings.budgets]
         self.suite: Suite = load_suite(settings.suite)
-        # those that share demonstrations follow each other, so that what was read of these is still known
         self.items = sorted(self.suite.items, key=lambda item: item.group)
         self._target = target
+        self._count: Count = resolve_counter(settings.counter or None) or _no_counter
 
     def measure(self) -> list[Entry]:
         """Measure what is not in the journal yet; give all entries.
@@ -97,13 +109,24 @@ class Run:
     def _missing(self, cell: Cell, done: set[tuple[str, str, str]]) -> list[Item]:
         return [item for item in self.items if (*cell.key, item.id) not in done]
 
+    def _batches(self, cell: Cell, done: set[tuple[str, str, str]]) -> Iterator[Sequence[Item]]:
+        """The first item of every group before all others, so that what is read of shared demonstrations is known."""
+        missing = self._missing(cell, done)
+        firsts = list({item.group: item for item in reversed(missing)}.values())
+        leaders = {item.id for item in firsts}
+        for items in (firsts, [item for item in missing if item.id not in leaders]):
+            for begin in range(0, len(items), self.settings.batch):
+                yield items[begin : begin + self.settings.batch]
+
     def _work(self, cells: Sequence[Cell], done: set[tuple[str, str, str]], journal: Journal) -> None:
         from tqdm import tqdm
 
         target = self._target or open_target(self.settings.target)
         if self.settings.score and not target.can_score:
             raise ConfigError("this target does not give log-probabilities; set score=false and generate=true")
-        workshop = Workshop(self.settings, target)
+        if not self.settings.counter:
+            self._count = target.count
+        workshop = Workshop(self.settings, target, self._count, self._ready)
         bar = tqdm(total=sum(len(self._missing(cell, done)) for cell in cells), unit="prompt", disable=None)
         with bar:
             for name in [None, *self.methods]:
@@ -125,14 +148,14 @@ class Run:
     ) -> Iterator[list[Entry]]:
         if name is None:
             for cell in cells:
-                for items in _batched(self._missing(cell, done), self.settings.batch):
+                for items in self._batches(cell, done):
                     prompts = [item.bare if cell.method == ZERO else item.prompt for item in items]
                     yield self._measure(cell, items, [Compressed(text=full_text(p)) for p in prompts], 0.0, target)
             return
         oracle = workshop.oracle(name) if self.settings.oracle and name.kind == OURS else None
         with workshop.method(name) as method:
             for cell in cells:
-                for items in _batched(self._missing(cell, done), self.settings.batch):
+                for items in self._batches(cell, done):
                     yield self._shorten_and_measure(cell, items, method, oracle, target)
 
     def _shorten_and_measure(
@@ -140,7 +163,7 @@ class Run:
     ) -> list[Entry]:
         assert cell.budget is not None
         prompts: list[Prompt] = [item.prompt for item in items]
-        budgets = [cell.budget.of(item, target.count) for item in items]
+        budgets = [cell.budget.of(item, self._count) for item in items]
         began = time.perf_counter()
         shortened = method.compress(prompts, budgets)
         seconds = (time.perf_counter() - began) / len(items)
@@ -162,7 +185,7 @@ class Run:
                 "method": cell.key[0],
                 "budget": cell.key[1],
                 "id": item.id,
-                "tokens": target.count(text),
+                "tokens": self._count(text),
                 "compressor_seconds": round(seconds, 6),
                 "text": text,
             }
@@ -190,7 +213,13 @@ class Run:
         """Of what must not change under a journal: the questions, the target, and what is measured."""
         settings = self.settings
         digest = blake2b(digest_size=16)
-        told = [settings.target.model, settings.target.base_url, settings.target.dtype, settings.model]
+        told = [
+            settings.target.model,
+            settings.target.base_url,
+            settings.target.dtype,
+            settings.model,
+            settings.counter,
+        ]
         told += [str(flag) for flag in (settings.score, settings.generate, settings.oracle, settings.seed)]
         for item in self.items:
             told += [item.id, item.gold, full_text(item.prompt, "\x1f"), *item.answers]
@@ -204,6 +233,5 @@ def cells_without_budget(cells: Sequence[Cell]) -> list[Cell]:
     return [cell for cell in cells if cell.budget is None]
 
 
-def _batched(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    for begin in range(0, len(items), size):
-        yield items[begin : begin + size]
+def _no_counter(text: str) -> int:
+    raise AssertionError("tokens are counted before there is a target")

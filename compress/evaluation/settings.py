@@ -90,7 +90,9 @@ class EvaluateSettings:
         target: the model that reads them.
         methods: how prompts are shortened; see `parse_method`.
         budgets: "1-shot", "half-shot", "quarter-shot" or "2.5-shot" (instruction, question and so many mean
-            demonstrations), "300" (tokens) or "0.2" (a share of the prompt's tokens), in the target's tokens.
+            demonstrations), "300" (tokens) or "0.2" (a share of the prompt's tokens).
+        counter: the tokenizer that all tokens are counted in; empty for the target's. In the small LM's own, what it
+            has read of shared demonstrations can be used again, which is faster.
         compare: the method that all others are compared with; empty for the first.
         model: the small LM of methods that name none.
         device: of the small LM.
@@ -109,6 +111,7 @@ class EvaluateSettings:
     target: TargetSettings = field(default_factory=TargetSettings)
     methods: list[str] = field(default_factory=lambda: ["terselm", "truncate", "demonstrations-random"])
     budgets: list[str] = field(default_factory=lambda: ["1-shot", "half-shot", "quarter-shot"])
+    counter: str = ""
     compare: str = ""
     model: str = "smollm2-135m"
     device: str = "auto"

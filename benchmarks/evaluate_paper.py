@@ -1,0 +1,261 @@
+"""The tables of docs/results.md that local models can make: GSM8K and BIG-Bench Hard, every method, every budget.
+
+    python benchmarks/evaluate_paper.py --data FOLDER --out OUT --target gemma3-270m --target smollm2-135m \\
+        --llmlingua ~/.cache/terselm/peers/llmlingua-0.2.2/bin/python
+
+FOLDER holds gsm8k/train.jsonl, gsm8k/test.jsonl, bbh/tasks and bbh/cot_prompts. Every suite and target is shared out
+among processes by kind of method, which use one GPU together. All tokens are counted by the small LM's tokenizer. A
+run that was killed goes on when it is started again. `--target NAME=FOLDER` and `--small NAME=FOLDER` name models whose
+weights lie elsewhere; `--aligned NAME=FOLDER` adds a small LM that was aligned to the first target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from terselm.compress.evaluation.figures import Figuring
+from terselm.compress.evaluation.methods import Compressed
+from terselm.compress.evaluation.report import as_json, markdown, plain
+from terselm.compress.evaluation.runner import JOURNAL, Run
+from terselm.compress.evaluation.settings import EvaluateSettings, SuiteName, SuiteSettings, TargetSettings
+from terselm.compress.prompt import Prompt
+from terselm.train.hardware import describe_hardware
+from terselm.train.provenance import git_commit
+
+WHOLE = "question_rate=1,instruction_rate=1"
+OURS = [
+    "terselm",
+    f"terselm:{WHOLE}",
+    *(f"terselm:{WHOLE},{more}" for more in (
+        "k=1.5",
+        "k=1.2",
+        "k=1",
+        "unit=word",
+        "unit=sentence",
+        "unit=line",
+        "unit=demonstration",
+        "segment_size=400",
+        "anchor=0.5",
+        "anchor=0.5,anchor_by=shortest",
+        "anchor=0.8,anchor_by=shortest,k=1.2",
+        "anchor=1",
+        "anchor=1,anchor_by=shortest",
+        "anchor=1,anchor_by=shortest,unit=line",
+        "anchor=1,unit=line",
+        "anchor=1,unit=demonstration",
+        "anchor=1,anchor_by=shortest,unit=sentence",
+    )),
+]  # fmt: skip
+ABLATED = [
+    "no-budget-controller",
+    "no-iteration",
+    "no-perplexity-selection",
+    "uniform-rates",
+    "random-tokens",
+    "next-token",
+]
+BASELINES = [
+    "truncate",
+    "truncate-end",
+    "random-words",
+    "demonstrations-random",
+    "demonstrations-last",
+    "demonstrations-perplexity",
+    "demonstrations-similar",
+    "sentences-random",
+    "selective-context",
+    "selective-sentences",
+]
+PEER = "llmlingua"
+BUDGETS = ["1-shot", "half-shot", "quarter-shot"]
+
+
+def main() -> None:
+    options = parse()
+    if options.shard:
+        measure(options)
+        return
+    began = time.perf_counter()
+    shards = ["ours", "ablated", "baselines", *(["peer"] if options.llmlingua else [])]
+    jobs = [
+        (suite, target, shard) for shard in reversed(shards) for suite in ("gsm8k", "bbh") for target in options.target
+    ]
+    jobs = [
+        job for job in jobs if job[2] != "peer" or job[1] == options.target[0]
+    ]  # it shortens for all targets at once
+    running = [start(options, *job) for job in jobs]
+    failed = [job for job, process in zip(jobs, running, strict=True) if process.wait()]
+    for job in failed:
+        print(f"failed: {job}; see {log_of(options, *job)}", file=sys.stderr)
+    for suite in ("gsm8k", "bbh"):
+        for target in options.target:
+            report(options, suite, target, [shard for shard in shards if (suite, target, shard) not in failed])
+    print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
+    sys.exit(bool(failed))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--target", action="append", required=True, metavar="NAME[=FOLDER]")
+    parser.add_argument("--small", default="smollm2-135m", metavar="NAME[=FOLDER]")
+    parser.add_argument("--aligned", metavar="NAME=FOLDER", help="a small LM that was aligned to the first target")
+    parser.add_argument("--llmlingua", type=Path, help="interpreter or folder with llmlingua")
+    parser.add_argument("--questions", type=int, default=200, help="of GSM8K")
+    parser.add_argument("--sets", type=int, default=10, help="demonstration sets of GSM8K")
+    parser.add_argument("--bbh-questions", type=int, default=11, help="of each task")
+    parser.add_argument("--bbh-tasks", default="", help="with commas; default: all")
+    parser.add_argument("--budgets", default=",".join(BUDGETS))
+    parser.add_argument("--methods", help="instead of all of ours, separated by blanks")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--shard", nargs=3, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def start(options: argparse.Namespace, *job: str) -> subprocess.Popen[bytes]:
+    log = log_of(options, *job)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, *sys.argv, "--shard", *job], stdout=file, stderr=file, env=dict(os.environ)
+        )
+
+
+def log_of(options: argparse.Namespace, *job: str) -> Path:
+    return Path(options.out) / "logs" / f"{'-'.join(map(name_of, job))}.log"
+
+
+def folder_of(options: argparse.Namespace, *job: str) -> Path:
+    return Path(options.out) / "-".join(map(name_of, job))
+
+
+def name_of(model: str) -> str:
+    return model.partition("=")[0]
+
+
+def weights_of(model: str) -> str:
+    return model.partition("=")[2] or model
+
+
+def methods_of(options: argparse.Namespace, shard: str) -> list[str]:
+    if shard == "ours":
+        ours = options.methods.split() if options.methods else list(OURS)
+        if options.aligned:
+            ours += [f"terselm:model={weights_of(options.aligned)},{WHOLE}{k}" for k in ("", ",k=1.2")]
+        ours += [f"terselm:model={weights_of(options.target[0])},{WHOLE}{k}" for k in ("", ",k=1.2")]
+        return ours
+    if shard == "ablated":
+        return [f"terselm:{WHOLE},{part}" for part in ABLATED] + ["terselm:next-token"]
+    return BASELINES if shard == "baselines" else [PEER]
+
+
+def settings_of(options: argparse.Namespace, suite: str, target: str, methods: Sequence[str]) -> EvaluateSettings:
+    data = options.data
+    suites = {
+        "gsm8k": SuiteSettings(
+            name=SuiteName.GSM8K,
+            questions=options.questions,
+            sets=options.sets,
+            data=data / "gsm8k" / "test.jsonl",
+            train=data / "gsm8k" / "train.jsonl",
+        ),
+        "bbh": SuiteSettings(
+            name=SuiteName.BBH,
+            questions=options.bbh_questions,
+            tasks=[task for task in options.bbh_tasks.split(",") if task],
+            data=data / "bbh" / "tasks",
+            prompt=data / "bbh" / "cot_prompts",
+        ),
+    }
+    return EvaluateSettings(
+        suite=suites[suite],
+        target=TargetSettings(model=weights_of(target), device=options.device),
+        methods=list(methods),
+        budgets=options.budgets.split(","),
+        counter=weights_of(options.small),
+        model=weights_of(options.small),
+        device=options.device,
+        llmlingua=options.llmlingua,
+        batch=options.batch,
+    )
+
+
+class Remembering:
+    """llmlingua, asked once for each prompt and budget, whichever target then reads the answer."""
+
+    def __init__(self, peer: Any) -> None:
+        self._peer = peer
+        self._known: dict[tuple[str, int], Compressed] = {}
+
+    def compress(self, prompts: Sequence[Prompt], budgets: Sequence[int]) -> list[Compressed]:
+        shortened = []
+        for prompt, budget in zip(prompts, budgets, strict=True):
+            key = repr(prompt), budget
+            if key not in self._known:
+                self._known[key] = self._peer.compress([prompt], [budget])[0]
+            shortened.append(self._known[key])
+        return shortened
+
+
+def measure(options: argparse.Namespace) -> None:
+    """One shard, in a process of its own."""
+    suite, target, shard = options.shard
+    if shard != "peer":
+        Run(
+            settings_of(options, suite, target, methods_of(options, shard)), folder_of(options, *options.shard)
+        ).measure()
+        return
+    from terselm.compress.evaluation.peer import Llmlingua
+
+    first = settings_of(options, suite, target, [PEER])
+    peer = Llmlingua(first.llmlingua, first.model, options.device)
+    remembering = Remembering(peer)
+    try:
+        for each in options.target:
+            settings = settings_of(options, suite, each, [PEER])
+            Run(settings, folder_of(options, suite, each, shard), methods={PEER: remembering}).measure()
+    finally:
+        peer.close()
+
+
+def report(options: argparse.Namespace, suite: str, target: str, shards: Sequence[str]) -> None:
+    """The figures of all shards together; the journals are kept packed."""
+    methods = [method for shard in shards for method in methods_of(options, shard)]
+    settings = settings_of(options, suite, target, methods)
+    entries: list[Any] = []
+    for shard in shards:
+        journal = folder_of(options, suite, target, shard) / JOURNAL
+        lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
+        entries += [json.loads(line) for line in lines[1:]]
+        with journal.open("rb") as source, gzip.open(journal.with_suffix(".jsonl.gz"), "wb") as packed:
+            shutil.copyfileobj(source, packed)
+    loaded = Run(settings, options.out).suite
+    figures = Figuring(settings, loaded, entries).all()
+    table = markdown(settings, loaded, figures).replace(settings.target.model, name_of(target))
+    result = {
+        "command": "python benchmarks/evaluate_paper.py " + " ".join(sys.argv[1:]),
+        "commit": git_commit(),
+        "hardware": describe_hardware(),
+        **as_json(settings, loaded, figures),
+    }
+    stem = options.out / f"evaluate_{suite}_{name_of(target)}"
+    stem.with_suffix(".json").write_text(
+        json.dumps(plain(result), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    stem.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
