@@ -89,9 +89,7 @@ def main() -> None:
     jobs = [
         (suite, target, shard) for shard in reversed(shards) for suite in ("gsm8k", "bbh") for target in options.target
     ]
-    jobs = [
-        job for job in jobs if job[2] != "peer" or job[1] == options.target[0]
-    ]  # it shortens for all targets at once
+    jobs = [job for job in jobs if job[2] != "peer" or job[1] == options.target[0]]  # it shortens for all targets
     running = [start(options, *job) for job in jobs]
     failed = [job for job, process in zip(jobs, running, strict=True) if process.wait()]
     for job in failed:
@@ -127,9 +125,7 @@ def start(options: argparse.Namespace, *job: str) -> subprocess.Popen[bytes]:
     log = log_of(options, *job)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
-        return subprocess.Popen(
-            [sys.executable, *sys.argv, "--shard", *job], stdout=file, stderr=file, env=dict(os.environ)
-        )
+        return subprocess.Popen([sys.executable, *sys.argv, "--shard", *job], stdout=file, stderr=file)
 
 
 def log_of(options: argparse.Namespace, *job: str) -> Path:
