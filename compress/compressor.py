@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from copy import copy
 from functools import partial
 from pathlib import Path
 
@@ -57,7 +56,7 @@ class PromptCompressor:
 
     def with_settings(self, settings: CompressionSettings) -> PromptCompressor:
         """The same small LM under other settings; what it has read stays known, so ``cache_bytes`` is as before."""
-        other = copy(self)
+        other = copy.copy(self)
         other.settings = settings
         other._preparer = Preparer(self.lm, settings)
         return other
