@@ -26,6 +26,7 @@ from typing import Any
 
 from against_llmlingua.prompts import PromptMaker, bundled, gsm8k
 
+from terselm.data.jsonl import read_objects
 from terselm.errors import TerseLMError
 from terselm.files import atomic_file
 from terselm.models import load_tokenizer
@@ -143,8 +144,8 @@ def check(source: Path, out: Path, budget: int) -> dict[str, Any]:
     Raises:
         TerseLMError: a row is missing, doubled, out of order or over its budget.
     """
-    asked = [json.loads(line)["id"] for line in source.read_text(encoding="utf-8").splitlines()]
-    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    asked = [row["id"] for _, row in read_objects(source)]
+    rows = [row for _, row in read_objects(out)]
     if [row["id"] for row in rows] != asked:
         raise TerseLMError(f"the output has {len(rows)} rows, not the {len(asked)} of the source in their order")
     if over := [row["id"] for row in rows if row["compressed_tokens"] > budget or not row["compressed"]]:

@@ -71,6 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-repeats", type=int, default=3, help="batches timed; default 3")
     parser.add_argument("--device", default="auto", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on the CPU, else bfloat16")
+    parser.add_argument("--own-dtype", choices=("bfloat16", "float16", "int8"), help="TerseLM's, if it is another")
     parser.add_argument("--peer-env", type=Path, default=environment.default_folder(), metavar="DIR")
     parser.add_argument("--peer-wheels", type=Path, metavar="DIR", help="install the peer from these, with no index")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
@@ -104,7 +105,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
         maker = PromptMaker(material, _PROMPT_TOKENS, lambda text: len(encode(text)))
         with (
-            SideProcess("own", Path(sys.executable), folder, device, dtype) as own,
+            SideProcess("own", Path(sys.executable), folder, device, options.own_dtype or dtype) as own,
             SideProcess("peer", python, translated, device, dtype) as peer,
         ):
             measured = Comparison({"terselm": own, "llmlingua": peer}, maker, encode, plan).run()
@@ -117,7 +118,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "hardware": describe_hardware(),
         "order": "the sides take turns on every prompt and batch",
         "load_average": {"before": load_before, "after": os.getloadavg()},
-        "model": {"name": name, "device": device, "dtype": dtype},
+        "model": {"name": name, "device": device, "dtype": dtype, "own_dtype": options.own_dtype or dtype},
         "source": material.source,
         **measured,
         "ratios": ratios(measured["sides"]),

@@ -24,7 +24,7 @@ def table(result: dict[str, Any]) -> str:
     prompts, sides = result["prompts"], result["sides"]
     names = list(sides)
     lines = [
-        f"{result['model']['name']}, {result['model']['dtype']}, on {_hardware(result['hardware'])}; prompts of "
+        f"{result['model']['name']}, {_dtypes(result['model'])}, on {_hardware(result['hardware'])}; prompts of "
         f"{prompts['tokens']:,.0f} tokens with {prompts['demonstrations']:.0f} demonstrations ({result['source']}), "
         f"budget {prompts['budget']}",
         "",
@@ -47,6 +47,11 @@ def table(result: dict[str, Any]) -> str:
     lines.append(_row("first call: seconds", [f"{sides[n]['first_call_seconds']:.3f}" for n in names]))
     ceiling = result["ceiling"]["tokens_per_second"]
     return "\n".join([*lines, "", f"The ceiling, plain batched scoring of these prompts: {ceiling:,.0f} tokens/s"])
+
+
+def _dtypes(model: dict[str, str]) -> str:
+    own, peer = model["own_dtype"], model["dtype"]
+    return own if own == peer else f"{own} against {peer}"
 
 
 def _row(title: str, cells: list[str], last: str = "") -> str:

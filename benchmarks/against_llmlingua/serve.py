@@ -77,9 +77,14 @@ def _describe(side: Side) -> Json:
         "versions": {"python": sys.version.split()[0], **{package: version(package) for package in side.packages}},
         "threads": torch.get_num_threads(),
         "attention": side.model.config._attn_implementation,
-        "dtype": str(side.model.dtype).removeprefix("torch."),
+        "dtype": _dtype(side.model),
         "weights_bytes": sum(p.numel() * p.element_size() for p in side.model.parameters()),
     }
+
+
+def _dtype(model: Any) -> str:
+    quantised = any("quantized" in type(module).__module__ for module in model.modules())
+    return "int8" if quantised else str(model.dtype).removeprefix("torch.")
 
 
 def _probe(side: Side, text: str) -> Json:
