@@ -15,7 +15,7 @@ from terselm.train.dry_run import estimate
 from terselm.train.evaluation import compare
 from terselm.train.fitting import fewer_rows, find_fitting, is_out_of_memory
 from terselm.train.gathering import gather_trained
-from terselm.train.hardware import share_out_cores
+from terselm.train.hardware import join_processes, share_out_cores
 from terselm.train.lora import save_adapter
 from terselm.train.progress import quieten_libraries, say
 from terselm.train.provenance import file_sha256
@@ -37,15 +37,12 @@ def align(config: AlignConfig, *, resume: bool = True, dry_run: bool = False) ->
     Raises:
         TerseLMError: a setting, the data, the model or the run folder is at fault; nothing was overwritten.
     """
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
     quieten_libraries()
     share_out_cores()
     data_sha256 = _data_sha256(Path(config.data.records))
     folder = RunFolder(Path(config.run_dir), run_key(dump_config(config), data_sha256))
     finished = folder.is_finished()
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = join_processes()
     tell = say if state.is_main_process else _stay_silent
     if finished and not dry_run:
         tell(f"{folder.path} holds this very run, finished; nothing to do")

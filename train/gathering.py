@@ -35,9 +35,9 @@ def gather_trained(model: Any) -> dict[str, Tensor]:
 def _whole(weight: Any) -> Any:
     """A context that gives the weight with all its parts."""
     if hasattr(weight, "ds_id"):  # DeepSpeed ZeRO-3
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        return _Gathered(weight, GatheredParameters([weight]))
+        return _Gathered(weight, deepspeed.zero.GatheredParameters([weight]))
     return nullcontext(weight.full_tensor() if hasattr(weight, "full_tensor") else weight)
 
 

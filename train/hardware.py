@@ -6,12 +6,15 @@ import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from terselm.errors import ConfigError
 from terselm.train.config import Precision
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 _PACKAGES = ("terselm", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
 _FAST_BF16 = ("amx_bf16", "avx512_bf16", "bf16")  # instructions that multiply bfloat16
@@ -40,6 +43,30 @@ def share_out_cores() -> None:
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def join_processes() -> PartialState:
+    """This process's place among those of the launch.
+
+    DeepSpeed on a CPU has to be told its backend before the Trainer asks for one: accelerate would leave it out.
+
+    Raises:
+        ConfigError: FSDP without GPUs.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and (cpu or not torch.accelerator.is_available()):
+        raise ConfigError(
+            "this launch asks for FSDP on a CPU, where accelerate would not share the model out and not say so; use "
+            "GPUs, or configs/accelerate/zero3.yaml"
+        )
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and (cpu or not torch.accelerator.is_available()):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["ACCELERATE_USE_CPU"] = "false"  # with it accelerate takes DeepSpeed for DDP
+        return PartialState(backend="gloo")
+    return PartialState(cpu=cpu)
 
 
 def _multiplies_bf16_fast(device: torch.device) -> bool:

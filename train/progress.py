@@ -88,7 +88,9 @@ def quieten_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch\.distributed)\b"
+    )
 
 
 def duration(seconds: float) -> str:

@@ -186,6 +186,7 @@ def training_arguments(config: AlignConfig, folder: RunFolder, *, rows: int, pro
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
+        accelerator_config={"use_configured_state": True},  # see `join_processes`
         report_to="none",  # see `trackers`
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else one process would spread over all GPUs with DataParallel
