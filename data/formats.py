@@ -25,7 +25,7 @@ class Format(StrEnum):
     """prompt, completion: two strings."""
 
 
-_FOREIGN_ROLES: Mapping[str, Role] = {
+FOREIGN_ROLES: Mapping[str, Role] = {
     "system": Role.SYSTEM,
     "developer": Role.SYSTEM,
     "human": Role.USER,
@@ -80,6 +80,9 @@ def record_to_object(record: Record) -> Json:
             },
             "versions": dict(made.versions),
         }
+        for name in ("served_model", "system_fingerprint"):
+            if (known := getattr(made, name)) is not None:
+                value["generation"][name] = known
     return value
 
 
@@ -151,6 +154,8 @@ def _generation(value: object) -> Generation:
             completion_tokens=_take(usage, "completion_tokens", parent="usage"),
         ),
         versions=_mapping("generation.versions", _get(value, "versions", {})),
+        served_model=_get(value, "served_model", None),
+        system_fingerprint=_get(value, "system_fingerprint", None),
     )
 
 
@@ -186,21 +191,31 @@ def _messages(value: Json) -> tuple[tuple[Message, ...], str]:
 
 
 def _conversation(value: object, role_key: str, text_key: str) -> tuple[tuple[Message, ...], str]:
-    """The last assistant turn is the response, all before it the prompt; a blank system message is left out."""
-    turns = []
-    for number, item in enumerate(_list("the conversation", value), start=1):
-        try:
-            role, text = _role(_take(item, role_key), _FOREIGN_ROLES), _take(item, text_key)
-            if role is not Role.SYSTEM or text != "":
-                turns.append(Message(role=role, content=text))
-        except ValueError as error:
-            raise ValueError(f"message {number}: {error}") from None
+    """The last assistant turn is the response, all before it the prompt."""
+    turns = turns_of(value, role_key, text_key)
     if not turns or turns[-1].role is not Role.ASSISTANT:
         raise ValueError(
             "the conversation does not end with the assistant, so there is no response to learn from; "
             "collect the target's answers first, or leave the line out"
         )
     return tuple(turns[:-1]), turns[-1].content
+
+
+def turns_of(value: object, role_key: str, text_key: str) -> list[Message]:
+    """The messages of a foreign conversation; a blank system message is left out.
+
+    Raises:
+        ValueError: saying which message is wrong (counted from 1), and how.
+    """
+    turns = []
+    for number, item in enumerate(_list("the conversation", value), start=1):
+        try:
+            role, text = _role(_take(item, role_key), FOREIGN_ROLES), _take(item, text_key)
+            if role is not Role.SYSTEM or text != "":
+                turns.append(Message(role=role, content=text))
+        except ValueError as error:
+            raise ValueError(f"message {number}: {error}") from None
+    return turns
 
 
 _PARSERS: Mapping[Format, Callable[[Json], tuple[tuple[Message, ...], str]]] = {

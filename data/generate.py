@@ -78,7 +78,8 @@ def generate(lm: CausalLM, queries: Sequence[Query], limits: Limits) -> list[Ans
     """
     import torch
 
-    rows = [_Row(lm, query, limits) for query in queries]
+    pieces: dict[int, str] = {}
+    rows = [_Row(lm, query, limits, pieces) for query in queries]
     alive, cache = rows, None
     ids, mask = _left_pad([row.prompt for row in rows], lm)  # (B, P) each
     with torch.inference_mode():
@@ -114,6 +115,8 @@ class _Row:
     lm: CausalLM
     query: Query
     limits: Limits
+    pieces: dict[int, str]
+    """Text of single tokens, shared by all rows."""
     prompt: list[int] = field(init=False)
     generator: Generator = field(init=False)
     ends: set[int] = field(init=False)
@@ -128,12 +131,13 @@ class _Row:
         self.ends = _end_ids(self.lm)
         # A token is at least a byte, so a stop string that has just been completed lies within so many tokens.
         self._tail = max((len(stop.encode()) for stop in self.query.stop), default=0) + 1
+        self._lasts = {stop[-1] for stop in self.query.stop}
 
     def take(self, token: int) -> None:
         if self.finish_reason is not None:
             return
         self.tokens.append(token)
-        if token in self.ends or (self._tail > 1 and self._stops(self.tokens[-self._tail :])):
+        if token in self.ends or (self._may_stop(token) and self._stops(self.tokens[-self._tail :])):
             self.finish_reason = "stop"
         elif len(self.tokens) == self.limits.max_new_tokens:
             self.finish_reason = "length"
@@ -149,6 +153,16 @@ class _Row:
             completion_tokens=len(self.tokens),
         )
 
+    def _may_stop(self, token: int) -> bool:
+        """Whether a stop string's last character may be in this token: looking closer takes long in large batches."""
+        if not self._lasts:
+            return False
+        if token not in self.pieces:
+            self.pieces[token] = self._text([token])
+        piece = self.pieces[token]
+        # A tokenizer may drop the space at the start of a text, and show a part of a character as U+FFFD.
+        return " " in self._lasts or "\ufffd" in piece or not self._lasts.isdisjoint(piece)
+
     def _stops(self, tokens: list[int]) -> bool:
         text = self._text(tokens)
         return any(stop in text for stop in self.query.stop)
@@ -158,29 +172,64 @@ class _Row:
 
 
 def _choose(logits: Tensor, rows: Sequence[_Row], limits: Limits) -> Tensor:
-    """The next token of each row: the likeliest, or one drawn by the Gumbel-max trick.
+    """The next token of each row: the likeliest, or one drawn.
 
     Args:
         logits: ``(B, V)`` float32.
     Returns:
         ``(B,)`` int64.
     """
-    import torch
 
     chosen = logits.argmax(-1)
     sampled = [index for index, row in enumerate(rows) if row.query.temperature > 0]
     if sampled:
         temperatures = logits.new_tensor([rows[index].query.temperature for index in sampled])
-        count = min(limits.top_k or logits.shape[1], logits.shape[1])
-        top, tokens = logits[sampled].topk(count)  # (S, K), descending
-        log_p = (top / temperatures[:, None]).log_softmax(-1)
-        before = log_p.exp().cumsum(-1) - log_p.exp()
-        log_p = log_p.masked_fill(before >= limits.top_p, float("-inf"))
-        noise = torch.stack([torch.rand(count, generator=rows[index].generator) for index in sampled])
-        gumbel = -(-noise.clamp(min=1e-20).log()).log()
-        best = (log_p + gumbel.to(log_p.device)).argmax(-1, keepdim=True)
-        chosen[sampled] = tokens.gather(1, best)[:, 0]
+        generators = [rows[index].generator for index in sampled]
+        draw = _draw_from_top if limits.top_k else _draw_from_all
+        chosen[sampled] = draw(logits[sampled], temperatures[:, None], generators, limits)
     return chosen
+
+
+def _draw_from_top(logits: Tensor, temperatures: Tensor, generators: Sequence[Generator], limits: Limits) -> Tensor:
+    """By the Gumbel-max trick, with a random number for each of the ``top_k`` tokens.
+
+    Args:
+        logits: ``(S, V)`` float32.
+        temperatures: ``(S, 1)``.
+    Returns:
+        ``(S,)`` int64.
+    """
+    import torch
+
+    count = min(limits.top_k, logits.shape[1])
+    top, tokens = logits.topk(count)  # (S, K), descending
+    log_p = (top / temperatures).log_softmax(-1)
+    before = log_p.exp().cumsum(-1) - log_p.exp()
+    log_p = log_p.masked_fill(before >= limits.top_p, float("-inf"))
+    noise = torch.stack([torch.rand(count, generator=generator) for generator in generators])
+    gumbel = -(-noise.clamp(min=1e-20).log()).log()
+    best = (log_p + gumbel.to(log_p.device)).argmax(-1, keepdim=True)
+    return tokens.gather(1, best)[:, 0]
+
+
+def _draw_from_all(logits: Tensor, temperatures: Tensor, generators: Sequence[Generator], limits: Limits) -> Tensor:
+    """By the inverse of the distribution function: one random number a row, however large the vocabulary.
+
+    Arguments and result as `_draw_from_top`.
+    """
+    import torch
+
+    p = (logits / temperatures).softmax(-1)
+    tokens = None
+    if limits.top_p < 1:
+        p, tokens = p.sort(dim=-1, descending=True)
+        p = p.masked_fill(p.cumsum(-1) - p >= limits.top_p, 0.0)
+    reached = p.cumsum(-1)
+    u = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(reached.device)
+    # Below the sum, so that a token without probability is never reached.
+    level = (u[:, None] * reached[:, -1:]).clamp(max=torch.nextafter(reached[:, -1:], torch.zeros_like(u[:, None])))
+    place = torch.searchsorted(reached, level, right=True)  # (S, 1)
+    return (place if tokens is None else tokens.gather(1, place))[:, 0]
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], lm: CausalLM) -> tuple[Tensor, Tensor]:

@@ -76,10 +76,17 @@ class Generation:
     usage: Usage
     versions: Mapping[str, str] = field(hash=False, default_factory=dict)
     """Of the packages that made it, by name."""
+    served_model: str | None = None
+    """The model that answered, where the endpoint calls it otherwise than it was asked for."""
+    system_fingerprint: str | None = None
+    """Of the endpoint's configuration, where it gives one."""
 
     def __post_init__(self) -> None:
         check_text("generation.model", self.model)
         check_text("generation.finish_reason", self.finish_reason)
+        for name in ("served_model", "system_fingerprint"):
+            if getattr(self, name) is not None:
+                check_text(f"generation.{name}", getattr(self, name))
         check_count("generation.sample", self.sample, least=0)
         check_count("generation.attempts", self.attempts, least=1)
         try:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from terselm.data.logprobs import ScoredText
+from terselm.data.texts import PlainText
 from terselm.models import CausalLM
 
 if TYPE_CHECKING:
@@ -22,15 +23,6 @@ if TYPE_CHECKING:
 
 _LOGIT_BYTES = {"cpu": 1 << 30, "cuda": 1 << 33}
 """Memory for the logits of a pass; several copies of them live at once."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlainText:
-    """A text to score; `response_start` as in `ScoredText`."""
-
-    id: str
-    text: str
-    response_start: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from terselm.compress.bulk.files import Output, Row, Source, dump_row, open_output, open_source
 from terselm.compress.bulk.journals import Journals
-from terselm.compress.bulk.process import Process, current_process
 from terselm.compress.bulk.progress import Progress
 from terselm.compress.bulk.settings import BulkSettings
 from terselm.compress.bulk.work import Worker
@@ -20,6 +19,7 @@ from terselm.data.journal import locked
 from terselm.data.jsonl import Json
 from terselm.errors import ConfigError, DataFormatError
 from terselm.files import atomic_file, remove_partials
+from terselm.models.process import Process, current_process
 
 __all__ = ["BulkSettings", "BulkSummary", "compress_file"]
 

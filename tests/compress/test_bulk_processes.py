@@ -24,8 +24,8 @@ from bulk_runs import (
 from terselm.compress import bulk as bulk_module
 from terselm.compress.bulk import compress_file
 from terselm.compress.bulk import progress as bulk_progress
-from terselm.compress.bulk.process import Process, current_process
 from terselm.errors import ConfigError
+from terselm.models.process import Process, current_process
 
 
 def test_lines_tell_how_far_it_is(

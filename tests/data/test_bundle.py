@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from terselm.config import load_config
+from terselm.data.collection.plan import plan_requests
+from terselm.data.collection.settings import CollectSettings
 from terselm.data.faults import find_fault
 from terselm.data.instructions import Instruction, read_instructions
 from terselm.data.records import Generation, Record, prompt_hash, read_records, record_id, split_by_instruction
-from terselm.data.requests import CollectSettings, plan_requests
 from terselm.models import load_tokenizer
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
@@ -88,7 +89,7 @@ def test_each_record_is_what_its_settings_ask_for(
         generation = made(record)
         assert record.id == record_id(record.messages, generation.model, generation.parameters, generation.sample)
         assert generation.parameters == requests[record.id].parameters
-        assert generation.model == collect_settings.model == "gemma3-270m"
+        assert generation.model == collect_settings.target == "gemma3-270m"
         assert 1 <= generation.attempts <= collect_settings.attempts
         assert 0 < generation.usage.completion_tokens <= collect_settings.max_new_tokens
         assert set(generation.versions) == {"terselm", "transformers"}

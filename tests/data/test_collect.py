@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -17,12 +19,13 @@ import pytest
 from fakes import bigram_lm, random_lm
 from filelock import FileLock
 
-from terselm.data.collect import CollectSettings, CollectSummary, Dropped, PromptTemplate, collect_local
-from terselm.data.faults import Fault
+from terselm.data.collection.collect import CollectSummary, collect
+from terselm.data.collection.ledger import ledger_of
+from terselm.data.collection.settings import CollectSettings, PromptTemplate
+from terselm.data.collection.status import status
 from terselm.data.generate import Limits, Query, generate
 from terselm.data.instructions import Instruction
 from terselm.data.records import Message, Record, Role, read_records
-from terselm.data.requests import plan_requests
 from terselm.errors import ConfigError, ContextLengthError, DataFormatError, ModelError, TargetLLMError
 from terselm.models import CausalLM
 
@@ -41,7 +44,7 @@ ASK = instructions(*(f"Question {number}: " + "how many? " * (number % 7 + 1) fo
 
 def settings(**changes: Any) -> CollectSettings:
     plain: dict[str, Any] = {
-        "model": "no/such/model/here",
+        "endpoint": "local:no/such/model/here",
         "temperatures": [0.0, 0.8, 0.8],
         "max_new_tokens": 16,
         "batch_size": 8,
@@ -62,11 +65,12 @@ def undated(path: Path) -> list[Record]:
 def test_each_record_says_where_it_came_from(tmp_path: Path) -> None:
     out = tmp_path / "records.jsonl"
     lm = random_lm()
-    summary = collect_local(ASK, out, settings(seed=5), lm)
+    summary = collect(ASK, out, settings(seed=5), lm=lm)
     records = list(read_records(out))
-    assert summary.records == len(records) == 60 - len(summary.dropped)
-    assert summary.reused == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["records.jsonl"]
+    assert summary.records == len(records) == 60 - sum(summary.without_record.values())
+    assert (summary.reused, summary.waiting, summary.stopped) == (0, 0, None)
+    left = {"records.jsonl", "records.jsonl.ledger"} | ({"records.failures.jsonl"} if summary.without_record else set())
+    assert {path.name for path in tmp_path.iterdir()} == left
     order = [[ask.messages for ask in ASK].index(record.messages) for record in records]
     assert order == sorted(order)
     for record in records:
@@ -99,37 +103,51 @@ def test_what_is_there_is_not_asked_again(tmp_path: Path) -> None:
     out = tmp_path / "records.jsonl"
     lm = random_lm()
     sampled = settings(temperatures=[0.8, 0.9, 0.9])
-    first = collect_local(ASK[:10], out, sampled, lm)
-    assert not first.dropped
+    first = collect(ASK[:10], out, sampled, lm=lm)
+    assert not first.without_record
     before = list(read_records(out))
     # The model that the settings name does not exist, so whoever loads it fails.
-    again = collect_local(ASK[:10], out, sampled)
+    again = collect(ASK[:10], out, sampled)
     assert again == replace(first, reused=30)
+    (tmp_path / "records.jsonl.ledger").unlink()
+    assert collect(ASK[:10], out, sampled) == again  # from the records alone
     assert list(read_records(out)) == before
     with pytest.raises(ModelError):
-        collect_local(ASK[:11], out, sampled)
+        collect(ASK[:11], out, sampled)
     assert list(read_records(out)) == before
-    more = collect_local(ASK[:11], out, sampled, lm)
+    more = collect(ASK[:11], out, sampled, lm=lm)
     assert (more.records, more.reused) == (33, 30)
     assert list(read_records(out))[:30] == before
 
 
+def test_a_changed_setting_asks_only_for_what_it_changes(tmp_path: Path) -> None:
+    out = tmp_path / "records.jsonl"
+    first = collect(ASK[:4], out, settings(), lm=random_lm())
+    before = out.read_bytes()
+    wider = collect(ASK[:4], out, settings(temperatures=[0.0, 0.8, 0.8, 0.9]), lm=random_lm())
+    assert wider.reused == first.records
+    collect(ASK[:4], out, settings(max_new_tokens=17), lm=random_lm())
+    assert out.read_bytes() != before
+    again = collect(ASK[:4], out, settings())  # nothing was thrown away: no model is needed
+    assert (again, out.read_bytes()) == (replace(first, reused=first.records), before)
+
+
 def test_records_of_other_settings_are_never_lost(tmp_path: Path) -> None:
     out = tmp_path / "records.jsonl"
-    collect_local(ASK[:4], out, settings(), random_lm())
+    collect(ASK[:4], out, settings(), lm=random_lm())
     before = out.read_bytes()
+    (tmp_path / "records.jsonl.ledger").unlink()
     for others, asked in ((settings(max_new_tokens=17), ASK[:4]), (settings(), ASK[:3])):
         with pytest.raises(ConfigError, match=r"records\.jsonl holds \d+ records of other instructions or settings"):
-            collect_local(asked, out, others, random_lm())
-    assert out.read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
+            collect(asked, out, others, lm=random_lm())
+        assert out.read_bytes() == before
 
 
 def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
     out = tmp_path / "records.jsonl"
     with FileLock(tmp_path / ".records.jsonl.lock"), pytest.raises(ConfigError, match="another process is writing"):
-        collect_local(ASK, out, settings(), random_lm())
-    assert collect_local(ASK[:1], out, settings(), random_lm()).records == 3
+        collect(ASK, out, settings(), lm=random_lm())
+    assert collect(ASK[:1], out, settings(), lm=random_lm()).records == 3
 
 
 RUN = """
@@ -137,14 +155,14 @@ import sys
 from pathlib import Path
 sys.path[:0] = sys.argv[3:]
 import test_collect
-from terselm.data.collect import collect_local
-collect_local(test_collect.ASK * 1, Path(sys.argv[2]), test_collect.slow_settings(sys.argv[1]))
+from terselm.data.collection.collect import collect
+collect(test_collect.ASK * 1, Path(sys.argv[2]), test_collect.slow_settings(sys.argv[1]))
 """
 
 
 def slow_settings(model: str) -> CollectSettings:
     """Of a run of some seconds in many small commits."""
-    return settings(model=model, batch_size=2, max_new_tokens=120)
+    return settings(endpoint=f"local:{model}", batch_size=2, max_new_tokens=120)
 
 
 @pytest.mark.slow
@@ -153,112 +171,106 @@ def test_after_kill_9_the_next_run_goes_on(tmp_path: Path) -> None:
     lm = random_lm()
     lm.model.save_pretrained(model)
     lm.tokenizer.save_pretrained(model)
-    journal = out.with_name("records.jsonl.journal")
     out.parent.mkdir()
-    committed: list[bytes] = []
+    committed = 0
     chance = random.Random(0)
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", RUN, str(model), str(out), *paths])
-        while not journal.exists() or len(journal.read_bytes().split(b"\n")) < len(committed) + 5:
+        while answers(out) < committed + 5:
             assert process.poll() is None, "ended before it could be killed; make the run slower"
             time.sleep(0.01)
         time.sleep(chance.random() * 0.2)
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        lines = journal.read_bytes().split(b"\n")[:-1]
-        assert lines[: len(committed)] == committed
-        committed = lines
+        assert answers(out) >= committed + 5
+        committed = answers(out)
         assert not out.exists()
-        with journal.open("ab") as file:  # as if the kill had come in the middle of a write
-            file.write(committed[0][: chance.randrange(1, len(committed[0]))])
-    summary = collect_local(ASK, out, slow_settings(str(model)))
+    summary = collect(ASK, out, slow_settings(str(model)))
     assert summary.reused >= 10
-    assert summary.reused + sum(b'"dropped"' in line for line in committed) == len(committed)
+    assert status(ledger_of(out))["attempts"]["interrupted"] <= 3 * 2
     whole = tmp_path / "whole.jsonl"
-    collect_local(ASK, whole, slow_settings(str(model)))
+    collect(ASK, whole, slow_settings(str(model)))
     assert undated(out) == undated(whole)
-    assert [path.name for path in out.parent.iterdir()] == ["records.jsonl"]
 
 
-def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
-    journal = tmp_path / "records.jsonl.journal"
-    for line, message in (
-        ("{", "broken JSON"),
-        ('{"id": "a"}', "not an entry"),
-        ('{"dropped": "loop"}', "not an entry"),
-    ):
-        journal.write_text('{"id": "a", "dropped": "loop"}\n' + line + "\n")
-        with pytest.raises(DataFormatError, match=rf"records\.jsonl\.journal:2: .*{message}"):
-            collect_local(ASK[:1], tmp_path / "records.jsonl", settings(), random_lm())
-        assert len(journal.read_text().splitlines()) == 2
+def answers(out: Path) -> int:
+    """Answers that the ledger has committed."""
+    try:
+        return int(status(ledger_of(out))["attempts"].get("answered", 0))
+    except (DataFormatError, TargetLLMError):  # not there yet
+        return 0
+
+
+def test_a_damaged_ledger_is_named(tmp_path: Path) -> None:
+    ledger = tmp_path / "records.jsonl.ledger"
+    ledger.write_bytes(b"SQLite format 3\0" + b"x" * 4096)
+    with pytest.raises(DataFormatError, match=r"records\.jsonl\.ledger: is not a ledger, or damaged"):
+        collect(ASK[:1], tmp_path / "records.jsonl", settings(), lm=random_lm())
+    ledger.unlink()
+    with sqlite3.connect(ledger) as other:
+        other.execute("CREATE TABLE mine (x)")
+    with pytest.raises(DataFormatError, match="is a database, but not a ledger"):
+        collect(ASK[:1], tmp_path / "records.jsonl", settings(), lm=random_lm())
 
 
 def test_a_prompt_that_does_not_fit_stops_before_anything_is_generated(tmp_path: Path) -> None:
     out = tmp_path / "records.jsonl"
     with pytest.raises(ContextLengthError, match="do not fit into the window of 40 tokens"):
-        collect_local(ASK, out, settings(), random_lm(window=40))
+        collect(ASK, out, settings(), lm=random_lm(window=40))
     assert not out.exists()
 
 
-def collect(lm: CausalLM, path: Path, prompts: Sequence[str], **changes: Any) -> tuple[CollectSummary, list[Record]]:
-    summary = collect_local(instructions(*prompts), path, settings(**changes), lm)
+def gather(lm: CausalLM, path: Path, prompts: Sequence[str], **changes: Any) -> tuple[CollectSummary, list[Record]]:
+    summary = collect(instructions(*prompts), path, settings(**changes), lm=lm)
     return summary, list(read_records(path))
 
 
 def test_a_greedy_loop_is_cut_after_its_first_cycle(tmp_path: Path) -> None:
     lm = bigram_lm(["eins", "zwei", "drei"], {"eins": {"zwei": 0.9}, "zwei": {"drei": 0.9}, "drei": {"eins": 0.9}})
-    summary, (record,) = collect(lm, tmp_path / "r.jsonl", ["eins"], temperatures=[0.0], max_new_tokens=30)
+    summary, (record,) = gather(lm, tmp_path / "r.jsonl", ["eins"], temperatures=[0.0], max_new_tokens=30)
     assert record.response == "zwei drei eins"
     assert record.generation is not None
     assert (record.generation.finish_reason, record.generation.attempts) == ("loop", 1)
     assert record.generation.usage.completion_tokens == 30
-    assert (summary.cut, summary.retried, summary.dropped) == (1, 0, ())
+    assert (summary.cut, summary.retried, summary.without_record) == (1, 0, {})
 
 
 def test_a_sampled_answer_is_drawn_again_until_it_is_fit(tmp_path: Path) -> None:
     """Of a model that says nothing two times out of three."""
     lm = bigram_lm(["ask", "yes"], {"ask": {"</s>": 0.66, "yes": 0.33}, "yes": {"</s>": 0.9999}})
     ask = [f"ask {'ask ' * n}".strip() for n in range(30)]
-    summary, records = collect(lm, tmp_path / "r.jsonl", ask, temperatures=[1.0], attempts=4)
+    summary, records = gather(lm, tmp_path / "r.jsonl", ask, temperatures=[1.0], attempts=4)
     attempts = [record.generation.attempts for record in records if record.generation]
     assert {record.response.split()[0] for record in records} == {"yes"}
     assert set(attempts) == {1, 2, 3, 4}
     assert summary.retried == sum(count > 1 for count in attempts)
-    assert summary.records + len(summary.dropped) == 30
-    assert {dropped.fault for dropped in summary.dropped} == {Fault.EMPTY}  # (2/3)^4 of them, about 6
-    # What was dropped is asked again by the next run, in vain, since its seeds are the same.
-    assert collect(lm, tmp_path / "r.jsonl", ask, temperatures=[1.0], attempts=4)[0].dropped == summary.dropped
+    assert summary.without_record.keys() == {"empty"}  # (2/3)^4 of them, about 6
+    assert summary.records + summary.without_record["empty"] == 30
+    # What was dropped stays dropped: its seeds would give the same again.
+    again = gather(lm, tmp_path / "r.jsonl", ask, temperatures=[1.0], attempts=4)[0]
+    assert again == replace(summary, reused=summary.records)
+    assert status(ledger_of(tmp_path / "r.jsonl"))["attempts"]["answered"] > 30
 
 
 def test_a_greedy_answer_with_a_fault_is_dropped_and_said(tmp_path: Path) -> None:
     table = {"a": {"</s>": 0.9}, "b": {"c": 0.9}, "c": {"</s>": 0.9}}
-    summary, records = collect(bigram_lm("abc", table), tmp_path / "r.jsonl", ["a", "b"], temperatures=[0.0])
+    summary, records = gather(bigram_lm("abc", table), tmp_path / "r.jsonl", ["a", "b"], temperatures=[0.0])
     assert [record.response for record in records] == ["c"]
-    assert summary.dropped == (Dropped(instruction="i0", temperature=0.0, fault=Fault.EMPTY),)
-
-
-def test_what_the_journal_says_is_dropped_is_not_asked_again(tmp_path: Path) -> None:
-    out = tmp_path / "r.jsonl"
-    table = {"a": {"</s>": 0.9}, "b": {"c": 0.9}, "c": {"</s>": 0.9}}
-    summary, _ = collect(bigram_lm("abc", table), out, ["a", "b"], temperatures=[0.0])
-    (lost,) = plan_requests(instructions("a"), settings(temperatures=[0.0]))
-    journal = out.with_name("r.jsonl.journal")
-    out.rename(journal)  # as if the run had been killed before it wrote the file
-    with journal.open("a") as file:
-        file.write(f'{{"id": "{lost.id}", "dropped": "empty"}}\n')
-    assert collect_local(instructions("a", "b"), out, settings(temperatures=[0.0])) == replace(summary, reused=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
+    assert summary.without_record == {"empty": 1}
+    (line,) = (tmp_path / "r.failures.jsonl").read_text().splitlines()
+    failure = json.loads(line)
+    assert (failure["instruction"], failure["state"], failure["reason"]) == ("i0", "dropped", "empty")
 
 
 def test_nothing_fit_to_keep(tmp_path: Path) -> None:
     lm = bigram_lm("a", {"a": {"</s>": 0.9}})
     for _ in range(2):
-        with pytest.raises(TargetLLMError, match="none of the 1 answers of no/such/model/here was fit to keep"):
-            collect(lm, tmp_path / "r.jsonl", ["a"], temperatures=[0.0])
+        with pytest.raises(TargetLLMError, match=r"none of the 1 answers of no/such/.* to keep \(1 empty\)"):
+            gather(lm, tmp_path / "r.jsonl", ["a"], temperatures=[0.0])
     assert not (tmp_path / "r.jsonl").exists()
 
 
 def test_no_progress_bar_off_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    collect_local(ASK[:2], tmp_path / "r.jsonl", settings(), random_lm())
+    collect(ASK[:2], tmp_path / "r.jsonl", settings(), lm=random_lm())
     assert capfd.readouterr() == ("", "")

@@ -10,8 +10,9 @@ import pytest
 from fakes import random_lm
 
 from terselm.config import load_config
+from terselm.data.collection.plan import plan_requests, render
+from terselm.data.collection.settings import CollectSettings, PromptTemplate
 from terselm.data.instructions import Instruction, read_instructions
-from terselm.data.requests import CollectSettings, PromptTemplate, plan_requests, render
 from terselm.data.schema import Message, Role
 from terselm.errors import ConfigError, DataFormatError
 
@@ -66,7 +67,7 @@ def test_an_empty_file(tmp_path: Path) -> None:
 
 
 def test_one_request_for_each_temperature_each_with_its_own_id_and_seed() -> None:
-    settings = CollectSettings(model="m", temperatures=[0.0, 0.7, 0.7])
+    settings = CollectSettings(endpoint="local:m", temperatures=[0.0, 0.7, 0.7])
     asked = plan_requests([instruction("One."), instruction("Two.")], settings)
     assert [(request.temperature, request.sample) for request in asked] == [(0.0, 0), (0.7, 0), (0.7, 1)] * 2
     assert len({request.id for request in asked}) == len({request.seed for request in asked}) == 6
@@ -77,7 +78,7 @@ def test_a_changed_setting_changes_only_the_ids_that_it_concerns() -> None:
     ask = [instruction("One.", category="x"), instruction("Two.")]
 
     def ids(**changes: Any) -> set[str]:
-        return {request.id for request in plan_requests(ask, CollectSettings(model="m", **changes))}
+        return {request.id for request in plan_requests(ask, CollectSettings(endpoint="local:m", **changes))}
 
     templates = {"x": PromptTemplate(text="Q: {prompt}")}
     assert len(ids() & ids(templates=templates)) == 1
@@ -89,7 +90,7 @@ def test_a_changed_setting_changes_only_the_ids_that_it_concerns() -> None:
 
 def test_the_template_of_the_category_else_the_default_else_the_chat_template() -> None:
     templates = {"x": PromptTemplate(text="X {prompt} {x}"), "default": PromptTemplate(text="D {prompt}", stop=["!"])}
-    settings = CollectSettings(model="m", templates=templates)
+    settings = CollectSettings(endpoint="local:m", templates=templates)
     asks = [instruction("One.", category=name) for name in ("x", "y", None)]
     requests = plan_requests(asks, settings)
     tokenizer = random_lm().tokenizer
@@ -99,7 +100,7 @@ def test_the_template_of_the_category_else_the_default_else_the_chat_template() 
     two = plan_requests([instruction("Be brief.", "Add {prompt}.", first=Role.SYSTEM)], settings)[0]
     assert render(two, tokenizer) == "D Be brief.\n\nAdd {prompt}."
 
-    (chat,) = plan_requests(asks[:1], CollectSettings(model="m"))
+    (chat,) = plan_requests(asks[:1], CollectSettings(endpoint="local:m"))
     with pytest.raises(ConfigError, match=r"the model has no chat template; give one under templates\.default"):
         render(chat, tokenizer)
     tokenizer.chat_template = "{{ bos_token }}" + CHAT
@@ -115,7 +116,7 @@ def test_a_plain_template_holds_no_turns_of_the_assistant() -> None:
         id="talk",
         messages=tuple(Message(role=role, content="x") for role in (Role.USER, Role.ASSISTANT, Role.USER)),
     )
-    settings = CollectSettings(model="m", templates={"default": PromptTemplate(text="{prompt}")})
+    settings = CollectSettings(endpoint="local:m", templates={"default": PromptTemplate(text="{prompt}")})
     with pytest.raises(DataFormatError, match="instruction talk: a plain template cannot hold a turn of the assistant"):
         render(plan_requests([talk], settings)[0], None)
 
@@ -140,6 +141,6 @@ def test_a_plain_template_holds_no_turns_of_the_assistant() -> None:
     ],
 )
 def test_bad_settings(override: str) -> None:
-    assert load_config(CollectSettings, None, ["model=m"]).model == "m"
+    assert load_config(CollectSettings, None, ["endpoint=local:m"]).target == "m"
     with pytest.raises(ConfigError):
-        load_config(CollectSettings, None, ["model=m", override])
+        load_config(CollectSettings, None, ["endpoint=local:m", override])

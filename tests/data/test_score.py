@@ -10,7 +10,8 @@ import torch
 from fakes import bigram_lm, random_lm
 
 from terselm.data.logprobs import ScoredText
-from terselm.data.score import PlainText, score_texts
+from terselm.data.score import score_texts
+from terselm.data.texts import PlainText
 from terselm.models import CausalLM
 
 TEXTS = ["The cat sat on the mat.", "", "我们今天 naïve 👍 café", "Question: 12 - 5 = 7. " * 9, "a"]

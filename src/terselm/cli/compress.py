@@ -100,10 +100,10 @@ def compress_file(
     protected = _protected(keep or [], keep_regex or [], keep_preset or [])
     from terselm.compress.bulk import BulkSettings
     from terselm.compress.bulk import compress_file as compress_rows
-    from terselm.compress.bulk.process import current_process
     from terselm.compress.compressor import PromptCompressor
     from terselm.compress.settings import CompressionSettings
     from terselm.config import load_config
+    from terselm.models.process import current_process
     from terselm.train.hardware import share_out_cores
 
     settings = BulkSettings(

@@ -1,0 +1,1 @@
+"""Asking a target LLM, over the network or in process, and keeping everything that it answers."""

@@ -1,0 +1,209 @@
+"""What is still to be used: tokens and cost, as expected and at most."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, linear_regression, stdev
+
+from terselm.data.collection.collect import Options, ask, open_ledger, register, still_waiting
+from terselm.data.collection.ledger import ANSWERED, IMPORTED, Ledger, State
+from terselm.data.collection.money import FREE, Price, read_price
+from terselm.data.collection.plan import Request, plan_requests, render
+from terselm.data.collection.settings import CollectSettings
+from terselm.data.collection.sizes import PromptSizes
+from terselm.data.instructions import Instruction
+from terselm.errors import ConfigError
+
+_BYTES_PER_TOKEN = 4.0  # of English, where nothing better is known
+_TWO_SIDED = 1.96  # standard errors in a 95% interval
+_LEAST = 8  # answers from which a mean is worth something
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guess:
+    """A sum over the requests that are still to be asked.
+
+    Attributes:
+        expected: None where nothing is known to expect it from.
+        low, high: 95% interval of the expectation, as far as chance goes.
+        at_most: it cannot be more, unless requests fail after they were charged.
+    """
+
+    expected: float | None
+    low: float | None
+    high: float | None
+    at_most: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What the rest of a collection will use.
+
+    Attributes:
+        requests: still to be asked.
+        answers_known: answers of the same target, with the same settings but for the seed, that it is judged by.
+        prompt_basis: ``tokenizer`` (exact), ``answers`` (tokens per byte of the prompts known), or ``bytes`` (rough).
+    """
+
+    requests: int
+    answers_known: int
+    prompt_basis: str
+    prompt_tokens: Guess
+    completion_tokens: Guess
+    cost: Guess
+
+
+def estimate(
+    instructions: Sequence[Instruction],
+    out: Path,
+    settings: CollectSettings,
+    options: Options | None = None,
+    *,
+    pilot: int = 0,
+) -> Estimate:
+    """Judge by the answers that the ledger has what the others will take.
+
+    Args:
+        pilot: ask so many requests first, drawn at random from those that are waiting; they are paid for, and count.
+
+    Raises:
+        ConfigError: as `collect`; or ``pilot`` is negative.
+    """
+    options = options or Options()
+    price = read_price(options.prices, settings.target) if options.prices else FREE
+    requests = plan_requests(instructions, settings)
+    if pilot < 0:
+        raise ConfigError(f"pilot is {pilot}; expected 0 or more requests")
+    with open_ledger(out) as ledger:
+        register(ledger, requests, out)
+        if pilot:
+            waiting = still_waiting(ledger, requests)
+            chosen = random.Random(settings.seed).sample(waiting, min(pilot, len(waiting)))
+            ask(ledger, chosen, settings, options)
+        known = _known(ledger, requests)
+        return _estimate(known, still_waiting(ledger, requests), settings, price)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    """What one answered request has used, all its draws together."""
+
+    request: Request
+    draws: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def _known(ledger: Ledger, requests: Sequence[Request]) -> list[_Answer]:
+    rows = ledger.query(
+        "SELECT request, count(*), sum(prompt_tokens), sum(completion_tokens) "
+        "FROM attempts JOIN requests ON id=request WHERE outcome IN (?, ?) AND state != ? GROUP BY request",
+        (ANSWERED, IMPORTED, State.WAITING),
+    )
+    used = {request: figures for request, *figures in rows}
+    return [
+        _Answer(request=request, draws=draws, prompt_tokens=prompt, completion_tokens=completion)
+        for request in requests
+        if request.id in used
+        for draws, prompt, completion in [used[request.id]]
+    ]
+
+
+def _estimate(
+    known: Sequence[_Answer], waiting: Sequence[Request], settings: CollectSettings, price: Price
+) -> Estimate:
+    basis, prompt = _prompts(known, waiting, settings)
+    completion = _completions(known, waiting, settings)
+    return Estimate(
+        requests=len(waiting),
+        answers_known=len(known),
+        prompt_basis=basis,
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        cost=Guess(
+            expected=_cost(price, prompt.expected, completion.expected),
+            low=_cost(price, prompt.low, completion.low),
+            high=_cost(price, prompt.high, completion.high),
+            at_most=price.cost(round(prompt.at_most), round(completion.at_most)),
+        ),
+    )
+
+
+def _cost(price: Price, prompt: float | None, completion: float | None) -> float | None:
+    if prompt is None or completion is None:
+        return None
+    return price.cost(round(prompt), round(completion))
+
+
+def _most_draws(request: Request, settings: CollectSettings) -> int:
+    return settings.attempts if settings.is_local and request.temperature > 0 else 1
+
+
+def _completions(known: Sequence[_Answer], waiting: Sequence[Request], settings: CollectSettings) -> Guess:
+    """Greedy and sampled answers apart, as far as there are enough of both: they differ in length and in draws."""
+    at_most = sum(settings.max_new_tokens * _most_draws(request, settings) for request in waiting)
+    if not waiting:
+        return Guess(expected=0, low=0, high=0, at_most=0)
+    expected = variance = 0.0
+    for sampled in (False, True):
+        count = sum((request.temperature > 0) is sampled for request in waiting)
+        own = [a.completion_tokens for a in known if (a.request.temperature > 0) is sampled]
+        own = own if len(own) >= _LEAST else [a.completion_tokens for a in known]
+        if count and len(own) < 2:
+            return Guess(expected=None, low=None, high=None, at_most=at_most)
+        if count:
+            expected += count * fmean(own)
+            variance += (count**2 / len(own) + count) * stdev(own) ** 2
+    spread = _TWO_SIDED * math.sqrt(variance)
+    return Guess(
+        expected=expected, low=max(0.0, expected - spread), high=min(at_most, expected + spread), at_most=at_most
+    )
+
+
+def _prompts(known: Sequence[_Answer], waiting: Sequence[Request], settings: CollectSettings) -> tuple[str, Guess]:
+    at_most: float
+    if settings.is_local:
+        lengths = _local_lengths(waiting, settings)
+        draws = {
+            sampled: fmean([a.draws for a in known if (a.request.temperature > 0) is sampled] or [1])
+            for sampled in (False, True)
+        }
+        expected = sum(length * draws[r.temperature > 0] for r, length in zip(waiting, lengths, strict=True))
+        at_most = sum(length * _most_draws(r, settings) for r, length in zip(waiting, lengths, strict=True))
+        return "tokenizer", Guess(expected=expected, low=expected, high=expected, at_most=at_most)
+    sizes = PromptSizes()
+    for answer in known:
+        sizes.learn(answer.request.instruction.messages, answer.prompt_tokens)
+    at_most = sum(sizes.bound(request.instruction.messages) for request in waiting)
+    pairs = [(_bytes(a.request), a.prompt_tokens) for a in known if a.prompt_tokens]
+    if len(pairs) < 2:
+        expected = sum(_bytes(request) / _BYTES_PER_TOKEN for request in waiting)
+        return "bytes", Guess(expected=expected, low=expected, high=at_most, at_most=at_most)
+    slope, start = _line(pairs)
+    expected = sum(start + slope * _bytes(request) for request in waiting)
+    return "answers", Guess(expected=expected, low=expected, high=expected, at_most=at_most)
+
+
+def _line(pairs: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """Tokens per byte, and what the endpoint's template adds to each prompt."""
+    sizes, tokens = zip(*pairs, strict=True)
+    if len(set(sizes)) == 1:
+        return 0.0, fmean(tokens)
+    slope, start = linear_regression(sizes, tokens)
+    return slope, start
+
+
+def _local_lengths(waiting: Sequence[Request], settings: CollectSettings) -> list[int]:
+    from terselm.models import load_tokenizer
+
+    tokenizer = load_tokenizer(settings.local_name)
+    prompts = [render(request, tokenizer) for request in waiting]
+    return [1 + len(ids) for ids in tokenizer(prompts, add_special_tokens=False).input_ids] if prompts else []
+
+
+def _bytes(request: Request) -> int:
+    return sum(len(message.content.encode()) for message in request.instruction.messages)

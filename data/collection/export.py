@@ -1,0 +1,82 @@
+"""From the ledger to the files: records, what failed, log-probabilities. Each appears whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from terselm.data.collection.ledger import Ledger, State
+from terselm.data.collection.plan import Request
+from terselm.data.formats import Format, record_to_object
+from terselm.data.jsonl import dump_object
+from terselm.data.records import read_records
+from terselm.errors import ConfigError
+from terselm.files import atomic_file
+
+
+def failures_of(out: Path) -> Path:
+    """Where requests without a record are listed."""
+    return out.with_name(f"{out.stem}.failures.jsonl")
+
+
+def logprobs_of(out: Path) -> Path:
+    """Where the log-probabilities are."""
+    return out.with_name(f"{out.stem}.logprobs.parquet")
+
+
+def take_in(out: Path, ledger: Ledger, requests: Sequence[Request]) -> None:
+    """Take the records that ``out`` holds into the ledger, so that writing the file anew loses none.
+
+    Raises:
+        ConfigError: it holds records that these instructions and settings do not make, and the ledger does not know.
+        DataFormatError: it is damaged.
+    """
+    if not out.exists():
+        return
+    wanted = {request.id for request in requests}
+    states = ledger.states()
+    strangers = 0
+    for record in read_records(out, Format.RECORDS):
+        if record.id in states and (states[record.id] is State.DONE or record.id not in wanted):
+            continue
+        if record.id in wanted and record.generation is not None:
+            ledger.adopt(record.id, record_to_object(record))
+        else:
+            strangers += 1
+    if strangers:
+        raise ConfigError(
+            f"{out} holds {strangers} records of other instructions or settings, which would be lost; "
+            "name another file, or move this one away"
+        )
+
+
+def export_records(ledger: Ledger, requests: Iterable[Request], out: Path) -> int:
+    """Write the records that there are, in the order of the requests; return how many. None are written as no file."""
+    done = {name for name, state in ledger.states().items() if state is State.DONE}
+    wanted = [request.id for request in requests if request.id in done]
+    if wanted:
+        with atomic_file(out) as file:
+            for name in wanted:
+                file.write(dump_object(ledger.record(name) or {}) + "\n")
+    return len(wanted)
+
+
+def export_failures(ledger: Ledger, requests: Sequence[Request], out: Path) -> int:
+    """List the requests that will have no record, each with its reason; no file where there are none."""
+    path = failures_of(out)
+    wanted = {request.id: request for request in requests}
+    rows = ledger.query(
+        "SELECT id, state, reason, message FROM requests WHERE state IN (?, ?, ?)",
+        (State.FAILED, State.FILTERED, State.DROPPED),
+    )
+    found = {name: (state, reason, message) for name, state, reason, message in rows if name in wanted}
+    if not found:
+        path.unlink(missing_ok=True)
+        return 0
+    with atomic_file(path) as file:
+        for name, request in wanted.items():
+            if name in found:
+                state, reason, message = found[name]
+                line = {"id": name, "instruction": request.instruction.id, "temperature": request.temperature}
+                file.write(dump_object(line | {"state": state, "reason": reason, "message": message}) + "\n")
+    return len(found)

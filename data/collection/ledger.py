@@ -1,0 +1,328 @@
+"""The ledger: every request, every attempt at it, and every answer, on disk before it counts.
+
+A SQLite file in WAL mode beside the records. A request's row is keyed by the hash of all that was asked, so that a
+changed parameter makes new rows and leaves the old ones alone. An attempt's row is written before the request is sent
+and completed when its answer is there; one that was never completed was cut off by a kill, and what it may have cost
+counts. Nothing is ever deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from terselm.data.jsonl import Json, dump_object
+from terselm.errors import DataFormatError, TargetLLMError
+
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS requests (
+    id TEXT PRIMARY KEY,
+    asked TEXT NOT NULL,                -- JSON: instruction, category, messages, model, parameters, sample
+    state TEXT NOT NULL DEFAULT 'waiting',
+    reason TEXT,                        -- why there is no record
+    message TEXT,                       -- what the endpoint said of it
+    record TEXT                         -- the record, as JSON, where there is one
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS states ON requests (state);
+CREATE TABLE IF NOT EXISTS attempts (
+    request TEXT NOT NULL REFERENCES requests (id),
+    number INTEGER NOT NULL,
+    started REAL NOT NULL,              -- seconds since 1970
+    bound_tokens INTEGER NOT NULL,      -- what it could use at most
+    bound_cost REAL NOT NULL,
+    ended REAL,
+    outcome TEXT,                       -- NULL: under way, or cut off by a kill
+    message TEXT,
+    raw BLOB,                           -- the response, as it came, compressed
+    prompt_tokens INTEGER,
+    completion_tokens INTEGER,
+    cost REAL,
+    PRIMARY KEY (request, number)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS scores (request TEXT PRIMARY KEY REFERENCES requests (id), data BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS batches (
+    token TEXT PRIMARY KEY,             -- ours, also in the batch's metadata at the endpoint
+    requests TEXT NOT NULL,             -- JSON: their ids
+    batch TEXT,                         -- the endpoint's id, once it is known
+    state TEXT NOT NULL DEFAULT 'created'  -- created, submitted, ended
+) WITHOUT ROWID;
+"""
+
+
+class State(StrEnum):
+    """What became of a request so far."""
+
+    WAITING = "waiting"
+    """To be asked, or asked again."""
+    DONE = "done"
+    """There is a record."""
+    FAILED = "failed"
+    """The endpoint did not answer, however often it was asked, or refused."""
+    FILTERED = "filtered"
+    """A content filter kept the answer back."""
+    DROPPED = "dropped"
+    """There is an answer, but none that is fit for a record."""
+
+
+ANSWERED = "answered"
+"""Outcome of an attempt that brought a whole answer."""
+INTERRUPTED = "interrupted"
+"""Outcome of an attempt that a kill cut off; whether it was answered, and charged, nobody knows."""
+IMPORTED = "imported"
+"""Outcome that stands for a record that was in the file before there was a ledger."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intent:
+    """An attempt that is about to be made."""
+
+    request: str
+    number: int
+    bound_tokens: int = 0
+    bound_cost: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How an attempt ended, and what that means for its request."""
+
+    request: str
+    number: int
+    outcome: str
+    message: str | None = None
+    raw: bytes | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cost: float = 0.0
+    state: State = State.WAITING
+    reason: str | None = None
+    record: Json | None = None
+
+
+class Ledger:
+    """One open ledger.
+
+    Args:
+        path: the SQLite file; made where there is none.
+        read_only: look at it while another process may be writing.
+
+    Raises:
+        DataFormatError: the file is not a ledger, or is damaged.
+        TargetLLMError: it cannot be written (in any method), such as on a full disk.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        if read_only and not path.is_file():
+            raise DataFormatError(path, None, "no such ledger; has anything been collected yet?")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._clear_errors():
+            # Answers are committed from a thread of their own, one at a time.
+            self._db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+        try:
+            with self._clear_errors():
+                self._prepare(read_only)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _prepare(self, read_only: bool) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if version not in (0, _VERSION) or (version == 0 and tables):
+            raise DataFormatError(self.path, None, "is a database, but not a ledger of this version")
+        if read_only:
+            self._db.execute("PRAGMA query_only=ON")
+            if version == 0:
+                raise DataFormatError(self.path, None, "is an empty ledger")
+            return
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")  # a paid answer survives a power cut too
+        if version == 0:
+            self._db.executescript(_SCHEMA)
+            self._db.execute(f"PRAGMA user_version={_VERSION}")
+
+    def add(self, requests: Iterable[tuple[str, Json]]) -> None:
+        """Note requests (id, what is asked); those that are there already stay as they are."""
+        rows = ((name, dump_object(asked)) for name, asked in requests)
+        with self.transaction():
+            self._db.executemany("INSERT OR IGNORE INTO requests (id, asked) VALUES (?, ?)", rows)
+
+    def states(self) -> dict[str, State]:
+        """Of every request, by id."""
+        return {name: State(state) for name, state in self._rows("SELECT id, state FROM requests")}
+
+    def begin(self, intents: Iterable[Intent]) -> None:
+        """Write down what is about to be sent."""
+        now = time.time()
+        with self.transaction():
+            self._db.executemany(
+                "INSERT INTO attempts (request, number, started, bound_tokens, bound_cost) VALUES (?, ?, ?, ?, ?)",
+                ((i.request, i.number, now, i.bound_tokens, i.bound_cost) for i in intents),
+            )
+
+    def finish(self, outcomes: Iterable[Outcome]) -> None:
+        """Commit how attempts ended, with their answers, and what became of their requests."""
+        now = time.time()
+        with self.transaction():
+            for o in outcomes:
+                raw = None if o.raw is None else zlib.compress(o.raw)
+                self._db.execute(
+                    "UPDATE attempts SET ended=?, outcome=?, message=?, raw=?, prompt_tokens=?, completion_tokens=?, "
+                    "cost=? WHERE request=? AND number=?",
+                    (now, o.outcome, o.message, raw, o.prompt_tokens, o.completion_tokens, o.cost, o.request, o.number),
+                )
+                self._db.execute(
+                    "UPDATE requests SET state=?, reason=?, message=?, record=? WHERE id=? AND state != 'done'",
+                    (o.state, o.reason, o.message, o.record and dump_object(o.record), o.request),
+                )
+
+    def close_interrupted(self, mine: set[str] | None = None) -> int:
+        """Mark the attempts that a kill cut off; return how many. With ``mine``, only of these requests.
+
+        What is in a batch that has not been fetched goes on without us.
+        """
+        open_ = [
+            (request, number)
+            for request, number in self._rows(
+                "SELECT request, number FROM attempts WHERE outcome IS NULL AND request NOT IN "
+                "(SELECT value FROM batches, json_each(batches.requests) WHERE batches.state != 'ended')"
+            )
+            if mine is None or request in mine
+        ]
+        with self.transaction():
+            self._db.executemany(
+                f"UPDATE attempts SET outcome='{INTERRUPTED}', cost=bound_cost WHERE request=? AND number=?", open_
+            )
+        return len(open_)
+
+    def attempts(self, counting: Sequence[str] = ()) -> dict[str, int]:
+        """By request, how many attempts there were; with ``counting``, only those with such outcomes."""
+        where = f"WHERE outcome IN ({', '.join('?' * len(counting))})" if counting else ""
+        rows = self._rows(f"SELECT request, count(*) FROM attempts {where} GROUP BY request", counting)
+        return dict(rows)
+
+    def used(self) -> tuple[float, int]:
+        """(cost, requests sent) in all; what is under way or was cut off counts with what it may cost at most."""
+        ((spent, sent),) = self._rows(
+            "SELECT coalesce(sum(coalesce(cost, bound_cost)), 0), count(*) FROM attempts WHERE outcome IS NOT ?",
+            (IMPORTED,),
+        )
+        return spent, sent
+
+    def retry(self, states: Sequence[State]) -> int:
+        """Let requests in these states be asked again; return how many."""
+        with self.transaction():
+            marks = ", ".join("?" * len(states))
+            return self._db.execute(
+                f"UPDATE requests SET state='waiting' WHERE state IN ({marks})", [*map(str, states)]
+            ).rowcount
+
+    def adopt(self, request: str, record: Json) -> None:
+        """Take in a record that was made before there was a ledger."""
+        usage = record["generation"]["usage"]
+        with self.transaction():
+            self._db.execute(
+                "INSERT OR IGNORE INTO attempts (request, number, started, ended, bound_tokens, bound_cost, outcome, "
+                f"prompt_tokens, completion_tokens, cost) VALUES (?, 1, 0, 0, 0, 0, '{IMPORTED}', ?, ?, 0)",
+                (request, usage["prompt_tokens"], usage["completion_tokens"]),
+            )
+            self._db.execute("UPDATE requests SET state='done', record=? WHERE id=?", (dump_object(record), request))
+
+    def record(self, request: str) -> Json | None:
+        """The record of a request, if there is one."""
+        for (text,) in self._rows("SELECT record FROM requests WHERE id=? AND record IS NOT NULL", (request,)):
+            return dict(json.loads(text))
+        return None
+
+    def raw(self, request: str) -> bytes | None:
+        """The response that a request's record was made from, as it came."""
+        query = f"SELECT raw FROM attempts WHERE request=? AND outcome='{ANSWERED}' ORDER BY number DESC LIMIT 1"
+        for (raw,) in self._rows(query, (request,)):
+            return None if raw is None else zlib.decompress(raw)
+        return None
+
+    def put_scores(self, scores: Iterable[tuple[str, bytes]]) -> None:
+        """Commit the log-probabilities of requests' texts."""
+        with self.transaction():
+            self._db.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", scores)
+
+    def scored(self) -> set[str]:
+        """The requests that have scores."""
+        return {request for (request,) in self._rows("SELECT request FROM scores")}
+
+    def scores(self, request: str) -> bytes | None:
+        """What `put_scores` was given."""
+        for (data,) in self._rows("SELECT data FROM scores WHERE request=?", (request,)):
+            return bytes(data)
+        return None
+
+    def query(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        """Rows for a report."""
+        return list(self._rows(sql, values))
+
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> None:
+        """One change, committed."""
+        with self.transaction():
+            self._db.execute(sql, values)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing, and on disk at the end; one within another is part of it."""
+        if self._busy():
+            yield
+            return
+        with self._clear_errors():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._busy():
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _busy(self) -> bool:
+        return self._db.in_transaction
+
+    def close(self) -> None:
+        self._db.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _rows(self, sql: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
+        with self._clear_errors():
+            yield from self._db.execute(sql, values)
+
+    @contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise TargetLLMError(
+                f"the ledger {self.path} cannot be used: {error}; what is committed in it is safe, run the command "
+                "again once that is mended"
+            ) from None
+        except sqlite3.DatabaseError as error:
+            raise DataFormatError(self.path, None, f"is not a ledger, or damaged: {error}") from None
+
+
+def ledger_of(out: Path) -> Path:
+    """Where the ledger of a records file is."""
+    return out.with_name(out.name + ".ledger")

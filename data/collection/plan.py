@@ -1,0 +1,205 @@
+"""What is to be asked: every instruction, once for each temperature and sample, and the parameters of each request."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from terselm.data.collection.settings import SLOT, Api, CollectSettings, PromptTemplate
+from terselm.data.formats import message_to_object, messages_of
+from terselm.data.instructions import Instruction
+from terselm.data.jsonl import Json
+from terselm.data.schema import Message, Parameter, Role, prompt_hash, record_id
+from terselm.errors import ConfigError, DataFormatError
+
+DEFAULT_TEMPLATE = "default"
+CHAT_TEMPLATE = "chat"
+"""Recorded as the prompt template where the tokenizer's own chat template rendered the prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One answer that is wanted; ``id`` will be its record's."""
+
+    id: str
+    model: str
+    instruction: Instruction
+    template: PromptTemplate | None
+    parameters: dict[str, Parameter]
+    sample: int
+    temperature: float
+    seed: int
+
+
+def plan_requests(instructions: Sequence[Instruction], settings: CollectSettings) -> list[Request]:
+    """All requests, instruction by instruction, in the order of ``settings.temperatures``.
+
+    Raises:
+        ConfigError: two requests are the same, since what tells them apart is not sent.
+    """
+    requests = []
+    for instruction in instructions:
+        default = settings.templates.get(DEFAULT_TEMPLATE)
+        template = settings.templates.get(instruction.category or DEFAULT_TEMPLATE, default)
+        count: Counter[float] = Counter()
+        for temperature in _temperatures(settings):
+            requests.append(_request(instruction, template, settings, temperature, sample=count[temperature]))
+            count[temperature] += 1
+    if len({request.id for request in requests}) < len({(r.id, r.temperature, r.sample) for r in requests}):
+        raise ConfigError("temperature is omitted, so several temperatures ask the same; give one, and samples")
+    return requests
+
+
+def _temperatures(settings: CollectSettings) -> Iterator[float]:
+    for temperature in settings.temperatures:
+        yield from [temperature] * (settings.samples if temperature > 0 else 1)
+
+
+def remote_body(request: Request, api: Api) -> dict[str, Any]:
+    """What an endpoint is sent.
+
+    Raises:
+        ConfigError: the interface is plain completions, and no template makes text of the messages.
+        DataFormatError: a plain template cannot hold a prompt with turns of the assistant or of a tool.
+    """
+    sent = {name: value for name, value in request.parameters.items() if name not in ("prompt_template", "extra_body")}
+    extra = json.loads(str(request.parameters.get("extra_body", "{}")))
+    body: dict[str, Any] = {"model": request.model, **sent, **extra}
+    if api is Api.COMPLETIONS:
+        return body | {"prompt": render(request, None)}
+    return body | {"messages": [message_to_object(message) for message in request.instruction.messages]}
+
+
+def asked(request: Request) -> Json:
+    """What the ledger notes of a request: all that its id is made of, and whose it is."""
+    return {
+        "instruction": request.instruction.id,
+        "category": request.instruction.category,
+        "messages": [message_to_object(message) for message in request.instruction.messages],
+        "model": request.model,
+        "parameters": request.parameters,
+        "sample": request.sample,
+    }
+
+
+def recall(name: str, noted: Json) -> Request:
+    """The request that `asked` noted in a ledger."""
+    parameters = noted["parameters"]
+    text = parameters.get("prompt_template", CHAT_TEMPLATE)
+    template = None if text == CHAT_TEMPLATE else PromptTemplate(text=text, stop=parameters.get("stop", []))
+    return Request(
+        id=name,
+        model=noted["model"],
+        instruction=Instruction(
+            id=noted["instruction"], messages=messages_of(noted["messages"]), category=noted["category"]
+        ),
+        template=template,
+        parameters=parameters,
+        sample=noted["sample"],
+        temperature=parameters.get("temperature", 0.0),
+        seed=parameters.get("seed", 0),
+    )
+
+
+def render(request: Request, tokenizer: Any) -> str:
+    """The prompt as text, by its template or by the tokenizer's chat template.
+
+    Raises:
+        ConfigError: there is neither.
+        DataFormatError: a plain template cannot hold a prompt with turns of the assistant or of a tool.
+    """
+    messages = request.instruction.messages
+    if request.template is not None:
+        return request.template.text.replace(SLOT, _plain(request.instruction.id, messages))
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ConfigError(
+            f"no template for category {request.instruction.category!r}, and the model has no chat template; "
+            f"give one under templates.{DEFAULT_TEMPLATE} (data/sample/collect.yaml shows how)"
+        )
+    turns = [{"role": message.role.value, "content": message.content} for message in messages]
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return text.removeprefix(tokenizer.bos_token or "")
+
+
+def _plain(name: str, messages: Sequence[Message]) -> str:
+    for message in messages:
+        if message.role not in (Role.SYSTEM, Role.USER):
+            raise DataFormatError(
+                f"instruction {name}",
+                None,
+                f"a plain template cannot hold a turn of the {message.role}; use a chat model",
+            )
+    return "\n\n".join(message.content for message in messages)
+
+
+def _request(
+    instruction: Instruction,
+    template: PromptTemplate | None,
+    settings: CollectSettings,
+    temperature: float,
+    sample: int,
+) -> Request:
+    seed = _seed(settings.seed, prompt_hash(instruction.messages), temperature, sample)
+    make = _local_parameters if settings.is_local else _remote_parameters
+    parameters = make(settings, template, temperature, seed)
+    return Request(
+        id=record_id(instruction.messages, settings.target, parameters, sample),
+        model=settings.target,
+        instruction=instruction,
+        template=template,
+        parameters=parameters,
+        sample=sample,
+        temperature=temperature,
+        seed=seed,
+    )
+
+
+def _local_parameters(
+    settings: CollectSettings, template: PromptTemplate | None, temperature: float, seed: int
+) -> dict[str, Parameter]:
+    return {
+        "temperature": temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "max_new_tokens": settings.max_new_tokens,
+        "seed": seed,
+        "dtype": settings.dtype,
+        "prompt_template": template.text if template else CHAT_TEMPLATE,
+        "stop": list(template.stop) if template else [],
+    }
+
+
+def _remote_parameters(
+    settings: CollectSettings, template: PromptTemplate | None, temperature: float, seed: int
+) -> dict[str, Parameter]:
+    """As the endpoint is sent them; those that it does not know everywhere only where they are asked for."""
+    parameters: dict[str, Parameter] = {
+        "temperature": temperature,
+        "top_p": settings.top_p,
+        "max_tokens": settings.max_new_tokens,
+        "seed": seed,
+    }
+    parameters = {name: value for name, value in parameters.items() if name not in settings.omit}
+    if settings.top_k:
+        parameters["top_k"] = settings.top_k
+    if settings.logprobs.keep and settings.api is Api.CHAT:
+        parameters |= {"logprobs": True, "top_logprobs": settings.logprobs.top_k}
+    elif settings.logprobs.keep:
+        parameters["logprobs"] = max(1, settings.logprobs.top_k)
+    if template is not None:
+        parameters["prompt_template"] = template.text
+        if template.stop:
+            parameters["stop"] = list(template.stop)
+    if settings.extra_body:
+        parameters["extra_body"] = json.dumps(settings.extra_body, sort_keys=True)
+    return parameters
+
+
+def _seed(base: int, prompt: str, temperature: float, sample: int) -> int:
+    """A seed of 31 bits that no other request shares but by chance."""
+    digest = hashlib.sha256(f"{base}:{prompt}:{float(temperature)}:{sample}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
