@@ -39,12 +39,10 @@ _SEARCHED = 1000  # batches of the account, newest first, among which one of our
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLimits:
-    """Of one file, and how often its state is asked for."""
+    """Of one file."""
 
     most_requests: int = MOST_REQUESTS
     most_bytes: int = MOST_BYTES
-    poll: float = 30.0
-    """Seconds."""
 
 
 def ask_in_batches(
@@ -100,7 +98,7 @@ class _Batches:
                 await self._submit(token, [self._request(name) for name in json.loads(names)])
         while (left := self._open()) and not self.stopped.is_set():
             for token, names, batch in left:
-                found: Any = await self._call(partial(self.client.sdk.batches.retrieve, batch))
+                found: Any = await self._call(partial(self.client.sdk.batches.retrieve, str(batch)))
                 if found.status in _ENDED:
                     await self._fetch(token, found, json.loads(names), last)
             await self._pause()
@@ -185,13 +183,11 @@ class _Batches:
                 content: Any = await self._call(partial(self.client.sdk.files.content, file))
                 lines |= {name: (raw, failure) for name, raw, failure in answer_lines(content.content)}
         states, attempts = self.ledger.states(), self.ledger.attempts()
-        outcomes = [
-            self._outcome(
-                self._intent(self._request(name), attempts[name]), *lines.get(name, (None, expired(None))), last
-            )
-            for name in names
-            if states[name] is State.WAITING
-        ]
+        outcomes = []
+        for name in names:
+            if states[name] is State.WAITING:
+                raw, failure = lines.get(name, (None, None))
+                outcomes.append(self._outcome(self._intent(self._request(name), attempts[name]), raw, failure, last))
         for start in range(0, len(outcomes), _COMMIT):
             self.ledger.finish(outcomes[start : start + _COMMIT])
         for outcome in outcomes:
@@ -247,7 +243,7 @@ class _Batches:
     async def _pause(self) -> None:
         if self._open():
             with suppress(TimeoutError):
-                async with asyncio.timeout(self.limits.poll):
+                async with asyncio.timeout(self.settings.limits.batch_poll):
                     await self.stopped.wait()
 
     def _stop(self, why: str) -> None:

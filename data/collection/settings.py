@@ -76,6 +76,8 @@ class LimitSettings:
     """Seconds; the pause before retry n is drawn between 0 and ``backoff * 2**n``, or what ``Retry-After`` says."""
     longest_pause: float = 60.0
     """Seconds; of the pauses that ``Retry-After`` does not set."""
+    batch_poll: float = 30.0
+    """Seconds after which a batch's state is asked for again."""
 
     def __post_init__(self) -> None:
         for name in ("concurrency", "requests_per_minute", "tokens_per_minute"):
@@ -84,7 +86,7 @@ class LimitSettings:
                 raise ConfigError(f"limits.{name} is {value}; expected at least 1")
         if self.retries < 0:
             raise ConfigError(f"limits.retries is {self.retries}; expected 0 or more")
-        for name in ("timeout", "backoff", "longest_pause"):
+        for name in ("timeout", "backoff", "longest_pause", "batch_poll"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"limits.{name} is {getattr(self, name)}; expected more than 0 seconds")
 
