@@ -21,6 +21,8 @@ from terselm.models import CausalLM
 if TYPE_CHECKING:
     from torch import Tensor
 
+__all__ = ["PlainText", "score_texts", "tokens_at_once"]
+
 _LOGIT_BYTES = {"cpu": 1 << 30, "cuda": 1 << 33}
 """Memory for the logits of a pass; several copies of them live at once."""
 
