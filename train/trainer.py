@@ -59,7 +59,7 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         )
         peak = peak_flops(arguments.device)
         self._peak_flops = None if peak is None else peak * self.accelerator.num_processes
-        self._flops_per_token = flops_per_token(model.get_base_model())
+        self._flops_per_token = flops_per_token(getattr(model, "get_base_model", lambda: model)())
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # so that the loss is not divided by the number of passes again
 
