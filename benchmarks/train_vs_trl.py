@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a fast tokenizer")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_vs_trl.json"))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["135m", "1.1b", "7b"])
+    parser.add_argument("--sides", nargs="+", choices=["ours", "TRL"], default=["ours", "TRL"])
     parser.add_argument("--trl-path", type=Path)
     parser.add_argument("--minutes", type=float, default=8.0, help="after which no further measurement begins")
     options = parser.parse_args()
@@ -63,7 +64,7 @@ def main() -> None:
         for shape in options.shapes:
             prepared = prepare(Path(scratch), shape, options)
             for side, all_flags in (("ours", OURS[shape]), ("TRL", THEIRS[shape])):
-                for flags in all_flags:
+                for flags in all_flags if side in options.sides else []:
                     if time.monotonic() < deadline:
                         runs.append(measure(side, shape, flags, prepared, options))
             save(runs, options)
