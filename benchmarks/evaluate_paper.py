@@ -4,9 +4,9 @@
         --llmlingua ~/.cache/terselm/peers/llmlingua-0.2.2/bin/python
 
 FOLDER holds gsm8k/train.jsonl, gsm8k/test.jsonl, bbh/tasks and bbh/cot_prompts. Every suite and target is shared out
-among processes by kind of method, which use one GPU together. All tokens are counted by the small LM's tokenizer. A
-run that was killed goes on when it is started again. `--target NAME=FOLDER` and `--small NAME=FOLDER` name models whose
-weights lie elsewhere; `--aligned NAME=FOLDER` adds a small LM that was aligned to the first target.
+among processes by kind of method; with `--at-once 14` they use one GPU together. All tokens are counted by the small
+LM's tokenizer. A run that was killed goes on when it is started again. `--target NAME=FOLDER` and `--small NAME=FOLDER`
+name models whose weights lie elsewhere; `--aligned NAME=FOLDER` adds a small LM that was aligned to the first target.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,9 @@ def main() -> None:
         (suite, target, shard) for shard in reversed(shards) for suite in ("gsm8k", "bbh") for target in options.target
     ]
     jobs = [job for job in jobs if job[2] != "peer" or job[1] == options.target[0]]  # it shortens for all targets
-    running = [start(options, *job) for job in jobs]
-    failed = [job for job, process in zip(jobs, running, strict=True) if process.wait()]
+    with ThreadPoolExecutor(options.at_once) as pool:
+        states = list(pool.map(lambda job: run_shard(options, *job), jobs))
+    failed = [job for job, state in zip(jobs, states, strict=True) if state]
     for job in failed:
         print(f"failed: {job}; see {log_of(options, *job)}", file=sys.stderr)
     for suite in ("gsm8k", "bbh"):
@@ -117,15 +119,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", help="instead of all of ours, separated by blanks")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--at-once", type=int, default=1, help="processes that share the machine; default 1")
     parser.add_argument("--shard", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def start(options: argparse.Namespace, *job: str) -> subprocess.Popen[bytes]:
+def run_shard(options: argparse.Namespace, *job: str) -> int:
+    """A shard in a process of its own; its exit status."""
     log = log_of(options, *job)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
-        return subprocess.Popen([sys.executable, *sys.argv, "--shard", *job], stdout=file, stderr=file)
+        command = [sys.executable, *sys.argv, "--shard", *job]
+        return subprocess.run(command, stdout=file, stderr=file).returncode
 
 
 def log_of(options: argparse.Namespace, *job: str) -> Path:

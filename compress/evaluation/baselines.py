@@ -149,9 +149,15 @@ def words(text: str) -> list[tuple[int, int]]:
 
 
 def sentences(text: str) -> list[tuple[int, int]]:
-    """Spans of sentences and lines."""
+    """Spans of sentences and lines, with the line ends after them."""
+    spans: list[tuple[int, int]] = []
     ends = sorted({*(match.end() for match in _SENTENCE_END.finditer(text)), len(text)})
-    return [(start, end) for start, end in pairwise([0, *ends]) if text[start:end].strip()]
+    for start, end in pairwise([0, *ends]):
+        if spans and not text[start:end].strip():
+            spans[-1] = (spans[-1][0], end)
+        else:
+            spans.append((start, end))
+    return spans
 
 
 def phrases(text: str) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from terselm.compress.counter import Count, TokenizerCounter
 from terselm.errors import ContextLengthError
 from terselm.models import CausalLM
 
-_TOKENS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 17}  # of a scoring batch, padding included
+_TOKENS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 16}  # of a scoring batch, padding included
 _ROWS_AT_ONCE = {"cpu": 8, "cuda": 128}  # that are decoded together
 
 

@@ -1,0 +1,42 @@
+"""A tiny model in a folder, and data of each suite's form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import random_lm
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model with random weights."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    lm = random_lm()
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def gsm8k(tmp_path: Path) -> Path:
+    """A folder with test.jsonl and train.jsonl."""
+    for name, count in (("test", 12), ("train", 20)):
+        write_lines(
+            tmp_path / f"{name}.jsonl",
+            [
+                {
+                    "question": f"{name} {i}: Sam had {i + 2} apples and ate 2. How many are left?",
+                    "answer": f"He had {i + 2} - 2 = <<{i + 2}-2={i}>>{i} left.\n#### {i}",
+                }
+                for i in range(count)
+            ],
+        )
+    return tmp_path
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
