@@ -38,7 +38,11 @@ env-demo: torch
 	$(call install,demo,-e '.[train]',$(DEMO_MODELS))
 
 # Strict mode lists every file, so that mypy sees the packages. The packaging tests build with this setuptools.
+# DeepSpeed builds against the torch that is there; its tests are skipped where it could not be installed.
 env-dev: torch
+	@"$(PY)" -c 'import importlib.metadata as m; m.version("deepspeed")' 2> /dev/null || { \
+		$(PIP) install --quiet 'setuptools>=77' && $(PIP) install --quiet --no-build-isolation 'deepspeed>=0.18,<1'; \
+	} || echo "DeepSpeed could not be installed: its tests will be skipped" >&2
 	$(call install,dev,-e '.[dev]' --config-settings editable_mode=strict 'setuptools>=77',$(TEST_MODELS))
 
 python:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from terselm.config import dump_config
 from terselm.errors import DataFormatError, TrainingError
+from terselm.models import load_tokenizer
 from terselm.train.config import AlignConfig
 from terselm.train.dry_run import estimate
 from terselm.train.evaluation import compare
@@ -19,9 +21,16 @@ from terselm.train.hardware import join_processes, share_out_cores
 from terselm.train.lora import save_adapter
 from terselm.train.progress import quieten_libraries, say
 from terselm.train.provenance import file_sha256
+from terselm.train.report.reading import write_texts
+from terselm.train.report.report import REPORT, Measurement, report_target, write_report
+from terselm.train.report.text import sentence
 from terselm.train.run import Run, prepare
 from terselm.train.run_folder import RunFolder, run_key
+from terselm.train.saving import clear_disk_errors
 from terselm.train.trainer import AlignmentTrainer
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 def align(config: AlignConfig, *, resume: bool = True, dry_run: bool = False) -> RunFolder:
@@ -44,16 +53,32 @@ def align(config: AlignConfig, *, resume: bool = True, dry_run: bool = False) ->
     finished = folder.is_finished()
     state = join_processes()
     tell = say if state.is_main_process else _stay_silent
-    if finished and not dry_run:
-        tell(f"{folder.path} holds this very run, finished; nothing to do")
-        return folder
     if dry_run:
         tell(str(estimate(prepare(config, folder, state))))
         return folder
+    target = report_target(config)
+    if finished:
+        tell(f"{folder.path} holds this very run, finished; nothing to do")
+        if state.is_main_process and not (folder.path / REPORT).exists():
+            _report(folder, target, state)
+        return folder
+    if target is not None and state.is_main_process:
+        load_tokenizer(target)  # better to know now than after the training
     while not _attempt(prepare(config, folder, state), data_sha256, tell, resume=resume):
         tell("out of memory: going on with smaller passes")
         resume = True
+    if state.is_main_process:
+        _report(folder, target, state)
     return folder
+
+
+def _report(folder: RunFolder, target: str | None, state: PartialState) -> None:
+    """Write the report, and say the part of it that has not been said yet."""
+    gc.collect()  # the trained model, in whose place others are read
+    report = write_report(folder.path, Measurement(target=target, device=str(state.device)))
+    if report["words"] is not None:
+        say("\n".join(sentence(name, measure) for name, measure in report["words"]["measures"].items()))
+    say(f"report in {folder.path / REPORT}")
 
 
 def _attempt(run: Run, data_sha256: str, tell: Callable[[str], None], *, resume: bool) -> bool:
@@ -80,6 +105,9 @@ def _attempt(run: Run, data_sha256: str, tell: Callable[[str], None], *, resume:
     if run.state.is_main_process:
         metrics = {"model": config.model, "held_out": held_out, "training": training, **run.circumstances(data_sha256)}
         metrics["seconds"] = time.perf_counter() - started
+        held_out_texts = run.reported.prompt_of, run.reported.raw
+        with clear_disk_errors(folder.path, "the result could not be written; the checkpoints are kept"):
+            write_texts(folder.path, *held_out_texts, most=config.report.texts, seed=config.seed)
         folder.finish(metrics, partial(save_adapter, run.model, base=config.model, weights=weights))
         tell(_conclusion(metrics, folder))
     run.trainer.accelerator.end_training()

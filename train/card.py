@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from terselm.models import ALIASES
+from terselm.train.report.text import summary
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -35,7 +36,7 @@ Held-out responses ({records} to {prompts} prompts that it was not trained on, {
 | nats per token | {nll_before:.4f} | {nll_after:.4f} | {nll_difference:+.4f} |
 
 The interval is a paired bootstrap over prompts. {verdict}
-
+{words}
 ## How it was made
 
 LoRA on {training_records:,} records ({tokens_seen:,} tokens seen in {steps} steps), merged in float32. `config.yaml` \
@@ -49,13 +50,23 @@ terms of that model may bind whoever passes this one on.
 """
 
 
-def model_card(name: str, base: str, metrics: dict[str, Any]) -> str:
+_WORDS = """
+## How much it agrees with the target
+
+{summary}
+
+![The report as plots](report.png)
+"""
+
+
+def model_card(name: str, base: str, metrics: dict[str, Any], report: dict[str, Any] | None = None) -> str:
     """Markdown with YAML metadata as the Hugging Face hub reads it.
 
     Args:
         name: of the published folder.
         base: the model that was aligned, as the run named it.
         metrics: what the run measured.
+        report: the alignment report, if it compared words with a target.
     """
     from huggingface_hub import ModelCardData
 
@@ -87,6 +98,7 @@ def model_card(name: str, base: str, metrics: dict[str, Any]) -> str:
         nll_after=held_out["after"]["nll_per_token"],
         nll_difference=difference["nll_per_token"],
         verdict=_verdict(low, high),
+        words=_WORDS.format(summary=summary(report)) if report is not None and report["words"] is not None else "",
         training_records=metrics["data"]["training_records"],
         tokens_seen=metrics["training"]["tokens_seen"],
         steps=metrics["training"]["steps"],

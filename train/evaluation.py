@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,10 @@ from tqdm import tqdm
 from terselm.compress.intervals import CONFIDENCE, RESAMPLES, percentile_interval, resampled_sums
 from terselm.data.records import Record, prompt_hash
 from terselm.errors import ConfigError
+from terselm.train.config import Template
 from terselm.train.examples import EncodedRecords
 from terselm.train.packing import collate, pack
+from terselm.train.templates import render
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +35,14 @@ class HeldOutText:
         prompt_of: ``(records,)`` int64, the prompt that each record answers.
         tokens: ``(prompts,)`` float64, scored tokens.
         text_bytes: ``(prompts,)`` float64, UTF-8 bytes of their text.
+        raw: the whole text of each record, prompt and response, as the compressor would read it.
     """
 
     text: EncodedRecords
     prompt_of: NDArray[np.int64]
     tokens: NDArray[np.float64]
     text_bytes: NDArray[np.float64]
+    raw: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, records: Sequence[Record], text: EncodedRecords) -> HeldOutText:
@@ -50,7 +54,8 @@ class HeldOutText:
             tokens[prompt_of[example.record]] += example.counted.sum()
         for record in {example.record for example in text.examples}:
             text_bytes[prompt_of[record]] += len(records[record].response.encode())
-        return cls(text, prompt_of, tokens, text_bytes)
+        raw = tuple("".join(astuple(render(record, Template.RAW))) for record in records)
+        return cls(text, prompt_of, tokens, text_bytes, raw)
 
     def halves(self, seed: int) -> tuple[HeldOutText, HeldOutText]:
         """Two parts by prompt: one to choose the best weights by, the other to report on.
@@ -76,7 +81,8 @@ class HeldOutText:
         record = {int(old): new for new, old in enumerate(kept)}
         examples = [replace(e, record=record[e.record]) for e in self.text.examples if e.record in record]
         text = replace(self.text, examples=examples, tokens=sum(map(len, examples)))
-        return HeldOutText(text, prompt_of[kept], self.tokens[np.sort(prompts)], self.text_bytes[np.sort(prompts)])
+        tokens, text_bytes = self.tokens[np.sort(prompts)], self.text_bytes[np.sort(prompts)]
+        return HeldOutText(text, prompt_of[kept], tokens, text_bytes, tuple(self.raw[old] for old in kept))
 
     def nll_per_token(self, nats: NDArray[np.float64]) -> float:
         return float(nats.sum() / self.tokens.sum())

@@ -24,6 +24,7 @@ from terselm.train.hardware import describe_hardware, describe_versions
 from terselm.train.progress import quieten_libraries
 from terselm.train.provenance import base_revision, file_sha256, folder_sha256, git_commit, weights_sha256
 from terselm.train.reload import compare_in_fresh_process, probe
+from terselm.train.report.report import PAGE, REPORT, read_report
 
 PROVENANCE = "provenance.json"
 
@@ -84,12 +85,20 @@ def publish(run: Path, to: Path, *, dtype: Precision = Precision.FLOAT32) -> Pub
             metrics = _read_json(run / "metrics.json")
             for name in ("config.yaml", "metrics.json"):
                 shutil.copyfile(run / name, partial / name)
-            (partial / "README.md").write_text(model_card(to.name, base_name, metrics), encoding="utf-8")
+            card = model_card(to.name, base_name, metrics, _copy_report(run, partial))
+            (partial / "README.md").write_text(card, encoding="utf-8")
             provenance = _provenance(metrics, origin, adapter, dtype, difference)
             provenance["sha256"] = folder_sha256(partial, leave_out=PROVENANCE)
             text = json.dumps(provenance, indent=2, ensure_ascii=False) + "\n"
             (partial / PROVENANCE).write_text(text, encoding="utf-8")
     return PublishedCheckpoint(path=to, base=base_name, dtype=dtype.value, logit_difference=difference)
+
+
+def _copy_report(run: Path, to: Path) -> dict[str, Any] | None:
+    for name in (REPORT, PAGE):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, to / name)
+    return read_report(run)
 
 
 def verify(folder: Path) -> None:
