@@ -171,7 +171,7 @@ def ask(
         if settings.is_local:
             _ask_local(mine, pending, ledger, settings, progress, lm, process)
             return None
-        return _ask_remote(pending, ledger, settings, options, progress) if pending else None
+        return _ask_remote(pending, ledger, settings, options, progress)
 
 
 @contextmanager
@@ -215,6 +215,8 @@ def _ask_remote(
         max_cost=options.max_cost,
         max_requests=options.max_requests,
     )
+    if not pending:
+        return None
     if options.batch:
         from terselm.data.collection.batch import ask_in_batches
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _LONGEST = 500  # characters of an endpoint's message that are kept
-_LIKE_A_KEY = re.compile(r"\b(?:sk|pk|key|api|gsk|hf|Bearer)[-_ ][\w.*-]{6,}")
+_LIKE_A_KEY = re.compile(r"\b(?:sk|pk|gsk|hf|api|key)[-_][\w*-]{6,}|(?<=Bearer )[^\s\"']{6,}")
 _REFUSED_BY_FILTER = ("content_filter", "content_policy_violation", "ResponsibleAIPolicyViolation")
 _OVERLOADED = (429, 503, 529)
 

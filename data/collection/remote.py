@@ -92,8 +92,11 @@ class _Run:
         for request in queue:
             try:
                 await self._until_answered(client, request)
-            except (StoppedError, SpentError) as stop:
-                self.gate.stop(str(stop))
+            except SpentError as spent:  # what others have set aside may still be sent
+                self.gate.why = self.gate.why or str(spent)
+                return
+            except StoppedError:
+                return
             except TerseLMError as error:  # a ledger that cannot be written, a request that never fits
                 self.error = self.error or error
                 self.gate.stop(str(error))
