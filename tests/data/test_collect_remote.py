@@ -163,7 +163,7 @@ def test_the_key_comes_from_a_file_and_reaches_nothing_else(
     assert KEY.encode() not in written + "".join(capfd.readouterr()).encode()
     messages = [json.loads(line)["message"] for line in out.with_name("r.failures.jsonl").read_text().splitlines()]
     assert any("Always broken" in message for message in messages)
-    with pytest.raises(ConfigError, match="key file .* cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"key file .* cannot be read: No such file"):
         gather(instructions(1), out, settings(endpoint), key_file=tmp_path / "none")
 
 
