@@ -52,6 +52,7 @@ class Run:
         folder: where its journal is.
         target: instead of the one that the settings name.
         methods: ready methods by name, which ``settings.methods`` may name too.
+        progress: whether a bar is shown, on a terminal.
     """
 
     def __init__(
@@ -60,10 +61,13 @@ class Run:
         folder: Path,
         target: Target | None = None,
         methods: Mapping[str, Method] | None = None,
+        *,
+        progress: bool = True,
     ) -> None:
         self.settings = settings
         self.folder = folder
         self._ready = methods or {}
+        self._no_bar = None if progress else True  # None: no bar where there is no terminal
         self.methods = [
             MethodName(text=text, kind=READY) if text in self._ready else parse_method(text)
             for text in settings.methods
@@ -127,7 +131,7 @@ class Run:
         if not self.settings.counter:
             self._count = target.count
         workshop = Workshop(self.settings, target, self._count, self._ready)
-        bar = tqdm(total=sum(len(self._missing(cell, done)) for cell in cells), unit="prompt", disable=None)
+        bar = tqdm(total=sum(len(self._missing(cell, done)) for cell in cells), unit="prompt", disable=self._no_bar)
         with bar:
             for name in [None, *self.methods]:
                 mine = [cell for cell in cells if cell.method == name.text] if name else cells_without_budget(cells)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from terselm.compress.evaluation.budgets import parse_budget
 from terselm.errors import ConfigError
 
 
@@ -133,3 +134,43 @@ class EvaluateSettings:
             raise ConfigError("neither score nor generate is on, so there is nothing to measure; turn one on")
         if self.batch < 1:
             raise ConfigError(f"batch is {self.batch}; expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSettings:
+    """One search.
+
+    Attributes:
+        prompts: JSON Lines: instruction, demonstrations, question and, where known, answer.
+        target: the model that reads the prompts; a local one.
+        model: the small LM.
+        budget: such as "300", "1-shot" or "0.2" (see `parse_budget`); or empty, with a quality.
+        quality: instead, the share of the gain that must be left, in (0, 1]; the smallest budget is looked for.
+        minutes: after which no new settings are tried.
+        questions: at most so many of the prompts.
+        device: of both models.
+        seed: of intervals.
+
+    Raises:
+        ConfigError: both or neither of budget and quality, or one out of range.
+    """
+
+    prompts: Path
+    target: TargetSettings = field(default_factory=TargetSettings)
+    model: str = "smollm2-135m"
+    budget: str = ""
+    quality: float = 0.0
+    minutes: float = 10.0
+    questions: int = 50
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if bool(self.budget) == bool(self.quality):
+            raise ConfigError("give exactly one of a budget and a quality")
+        if self.budget:
+            parse_budget(self.budget)
+        if not 0 <= self.quality <= 1:
+            raise ConfigError(f"quality is {self.quality}; expected a share of the gain, in (0, 1]")
+        if self.minutes <= 0 or self.questions < 1:
+            raise ConfigError("minutes and questions must be above 0")

@@ -1,13 +1,16 @@
-"""Commands that measure: ``evaluate``."""
+"""Commands that measure: ``evaluate`` and ``tune``."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from terselm.cli.app import app, need, quieten_transformers
+
+_log = logging.getLogger(__name__)
 
 
 @app.command()
@@ -23,7 +26,6 @@ def evaluate(
 ) -> None:
     """Measure what a target makes of compressed prompts, and print the table."""
     need("evaluate", "matplotlib")
-    from terselm.compress.evaluation.evaluate import evaluate as run
     from terselm.compress.evaluation.settings import EvaluateSettings
     from terselm.config import load_config
 
@@ -32,8 +34,45 @@ def evaluate(
     given += [_listed("methods", methods)] if methods else []
     given += [_listed("budgets", budgets)] if budgets else []
     settings = load_config(EvaluateSettings, config, [*given, *(overrides or [])])
+    from terselm.compress.evaluation.evaluate import evaluate as run
+
     quieten_transformers()
     print(run(settings, out)[1])
+
+
+@app.command()
+def tune(
+    prompts: Annotated[Path, typer.Argument(help="JSON Lines: instruction, demonstrations, question, answer.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for the results; run again, it goes on where it stopped.")],
+    target: Annotated[str, typer.Option(help="The local model that will read the prompts, or one that is like it.")],
+    model: Annotated[str, typer.Option(help="The small LM.")] = "smollm2-135m",
+    budget: Annotated[str, typer.Option(help="Such as 300, 0.2 or 1-shot: the best settings at it.")] = "",
+    quality: Annotated[float, typer.Option(help="Share of the gain to keep: the smallest budget for it.")] = 0.0,
+    minutes: Annotated[float, typer.Option(help="After these, no new settings are tried.")] = 10.0,
+    questions: Annotated[int, typer.Option(help="At most so many of the prompts.")] = 50,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+) -> None:
+    """Find the settings that keep most of what your prompts are worth to your target; print their file."""
+    need("evaluate", "matplotlib")
+    from terselm.compress.evaluation.settings import TargetSettings, TuneSettings
+
+    settings = TuneSettings(
+        prompts=prompts,
+        target=TargetSettings(model=target, device=device),
+        model=model,
+        budget=budget,
+        quality=quality,
+        minutes=minutes,
+        questions=questions,
+        device=device,
+    )
+    from terselm.compress.evaluation.tune import tune as search
+
+    quieten_transformers()
+    found = search(settings, out)
+    _log.info(found.table)
+    print(out / "compress.yaml")
 
 
 def _listed(key: str, words: str) -> str:
