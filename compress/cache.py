@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from terselm.compress.forward import Forward
+from terselm.compress.forward import Forward, grain
 from terselm.compress.units import Ints
 
 _GRAIN = 256
@@ -92,11 +92,15 @@ class EagerMemory:
 
     def read(self, ids: Ints, positions: Ints, slots: Ints) -> Tensor:
         device = self._forward.device
+        length = ids.shape[1]
+        if device.type == "cpu" and (excess := -length % grain(length)):
+            ids = np.pad(ids, ((0, 0), (0, excess)))
+            positions, slots = (np.pad(a, ((0, 0), (0, excess)), constant_values=-1) for a in (positions, slots))
         new = torch.arange(self.used, self.used + ids.shape[1], device=device)
         tokens, places, held = (
             torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in (ids, positions, slots)
         )
-        return self._forward.extend(tokens, places, held, new, self._cache)
+        return self._forward.extend(tokens, places, held, new, self._cache)[:, :length]
 
     def select(self, rows: Sequence[int]) -> None:
         self._cache.select(rows)

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad
 
 from terselm.compress.kernels import fused_nll
 from terselm.models import CausalLM
 
 _LOGIT_TRANSFORMS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+_FEWEST_SHAPES = 16  # tokens
 _LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 27}  # of the (rows, vocabulary) matrix
 
 
@@ -82,6 +84,9 @@ class Forward:
         """−log p of ``targets`` ``(N,)`` after ``states`` ``(N, H)``: ``(N,)`` float32, in chunks of rows."""
         most = _LOGITS_AT_ONCE.get(self.device.type, _LOGITS_AT_ONCE["cpu"])
         rows = max(1, most // self._config.vocab_size)
+        count = len(targets)
+        if self.device.type == "cpu" and (excess := -count % grain(count)):
+            states, targets = pad(states, (0, 0, 0, excess)), pad(targets, (0, excess))
         chunks = []
         for some, wanted in zip(torch.split(states, rows), torch.split(targets, rows), strict=True):
             logits = self._logits(some)
@@ -90,7 +95,7 @@ class Forward:
             else:
                 logits = logits.float()
                 chunks.append(logits.logsumexp(-1) - logits.gather(-1, wanted[:, None])[:, 0])
-        return torch.cat(chunks)
+        return torch.cat(chunks)[:count]
 
     def _masks(self, mask: Tensor, distance: Tensor) -> Any:
         """The mask in the form that this model takes: one, or one for each type of its layers."""
@@ -125,6 +130,14 @@ class Forward:
         if cap := getattr(self._config, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+
+def grain(tokens: int) -> int:
+    """What the length of a row is rounded up to on a CPU: a sixteenth of it, at least 16 tokens.
+
+    oneDNN keeps a plan, a few MiB, for each number of rows that it has multiplied, a thousand of them.
+    """
+    return max(_FEWEST_SHAPES, 1 << max(0, tokens.bit_length() - 5))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from terselm.compress.cache import EagerMemory, Memory
-from terselm.compress.forward import Forward
+from terselm.compress.forward import Forward, grain
 from terselm.compress.graphs import GraphMemory, GraphPool
 from terselm.compress.itpc import ScoreRequest
 from terselm.compress.units import Ints
@@ -21,7 +21,7 @@ from terselm.models import CausalLM
 
 Surprisals = NDArray[np.float32]
 
-_TOKENS_AT_ONCE = {"cpu": 1 << 11, "cuda": 1 << 16}  # of a coarse batch, padding included
+_TOKENS_AT_ONCE = {"cpu": 1 << 8, "cuda": 1 << 16}  # of a coarse batch, padding included
 _USUAL_PASS = 128  # tokens of a row: what was kept of a segment, and the next
 _MOST_PADDING = 0.15
 _CPU_CACHE = 2 << 30  # bytes
@@ -121,15 +121,19 @@ class SurprisalEngine:
     @torch.inference_mode()
     def _score_batch(self, pieces: Sequence[Ints]) -> list[Surprisals]:
         lengths = [len(piece) for piece in pieces]
-        ids = np.full((len(pieces), max(lengths) + 1), self.start_id, dtype=np.int64)
+        ids = np.full((len(pieces), self._width(max(lengths)) + 1), self.start_id, dtype=np.int64)
         for row, piece in zip(ids, pieces, strict=True):
             row[1 : len(piece) + 1] = piece
         states = self._graphs.texts(ids[:, :-1]) if self._graphs is not None else None
         if states is None:
             states = self._forward.texts(self._tensor(ids[:, :-1]))
-        real = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        real = np.arange(ids.shape[1] - 1) < np.array(lengths)[:, None]
         flat = self.nll_at(states, np.flatnonzero(real), ids[:, 1:][real])
         return np.split(flat, np.cumsum(lengths)[:-1])
+
+    def _width(self, longest: int) -> int:
+        step = grain(longest) if self._forward.device.type == "cpu" else 1
+        return min(self.window, -(-longest // step) * step)
 
     def _tensor(self, array: Ints) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._forward.device, non_blocking=True)
