@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from terselm.compress.counter import Count
@@ -18,14 +19,16 @@ if TYPE_CHECKING:
     from terselm.compress.compressor import PromptCompressor
 
 
-def open_target(settings: TargetSettings) -> Target:
-    """Load a local target.
+def open_target(settings: TargetSettings, folder: Path) -> Target:
+    """Load a local target, or get ready to ask an endpoint.
 
-    Raises:
-        ConfigError: an endpoint is asked for.
+    Args:
+        folder: of the results, where an endpoint's answers are kept unless the settings name another place.
     """
     if settings.base_url:
-        raise ConfigError(f"target.base_url is {settings.base_url!r}; endpoints cannot be evaluated yet")
+        from terselm.compress.evaluation.endpoint import EndpointTarget
+
+        return EndpointTarget(settings, folder / "answers.jsonl")
     return LocalTarget(load_causal_lm(settings.model, device=settings.device, dtype=settings.dtype))
 
 

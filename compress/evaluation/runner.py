@@ -125,7 +125,7 @@ class Run:
     def _work(self, cells: Sequence[Cell], done: set[tuple[str, str, str]], journal: Journal) -> None:
         from tqdm import tqdm
 
-        target = self._target or open_target(self.settings.target)
+        target = self._target or open_target(self.settings.target, self.folder)
         if self.settings.score and not target.can_score:
             raise ConfigError("this target does not give log-probabilities; set score=false and generate=true")
         if not self.settings.counter:

@@ -69,8 +69,14 @@ class TargetSettings:
         counter: tokenizer that an endpoint's tokens are counted in; a local target has its own.
         device: of a local model.
         dtype: of a local model.
-        ledger: file in which an endpoint's answers are kept, so that none is asked for twice.
-        price: of a million prompt tokens, in whatever currency; 0 leaves costs out.
+        api: of an endpoint: ``chat``, or ``completions``, which gives it the prompt as plain text.
+        key_file: holds an endpoint's key; else OPENAI_API_KEY does.
+        ledger: beside which file an endpoint's answers are kept, so that none is asked for twice, not by another
+            evaluation either; by default in the folder of results.
+        prices: price table in YAML, for ``max_cost``.
+        max_cost: an endpoint is asked for nothing more once it has cost so much.
+        concurrency: most requests in flight.
+        price: of a million prompt tokens, in whatever currency, to say what is saved; 0 leaves that out.
     """
 
     model: str = "gemma3-270m"
@@ -78,8 +84,17 @@ class TargetSettings:
     counter: str = "cl100k_base"
     device: str = "auto"
     dtype: str = "auto"
+    api: str = "chat"
+    key_file: Path | None = None
     ledger: Path | None = None
+    prices: Path | None = None
+    max_cost: float | None = None
+    concurrency: int = 16
     price: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.api not in ("chat", "completions"):
+            raise ConfigError(f"target.api is {self.api!r}; expected chat or completions")
 
 
 @dataclass(frozen=True, kw_only=True)
