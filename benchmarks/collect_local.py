@@ -3,8 +3,9 @@
     python benchmarks/collect_local.py --instructions FILE.jsonl --count 5000 --folder /tmp/collected \
         --out benchmarks/results/collect_local.json
 
-Asks for somewhat more than ``--count`` answers, since those without a use (empty, copied from the template) are dropped.
-The folder then holds ``records.jsonl``, ``records.logprobs.parquet`` and the ledger. Sampled at temperature 0.8.
+Asks for somewhat more than ``--count`` answers, since those without a use (empty, copied from the template) are
+dropped. The folder then holds ``records.jsonl``, ``records.logprobs.parquet`` and the ledger. Sampled at temperature
+0.8.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from terselm.files import atomic_file
 from terselm.models import load_causal_lm
 
 TEMPLATE = PromptTemplate(
-    text="### Instruction:\nWhat does a librarian do?\n\n### Response:\nA librarian chooses and orders books, keeps them "
-    "in order, lends them to readers and helps people to find what they are looking for.\n\n### Instruction:\n{prompt}"
-    "\n\n### Response:\n",
+    text="### Instruction:\nWhat does a librarian do?\n\n### Response:\nA librarian chooses and orders books, keeps "
+    "them in order, lends them to readers and helps people to find what they are looking for.\n\n"
+    "### Instruction:\n{prompt}\n\n### Response:\n",
     stop=["\n###"],
 )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from terselm.data.formats import messages_of
-from terselm.data.jsonl import read_objects
+from terselm.data.formats import message_to_object, messages_of
+from terselm.data.jsonl import dump_object, read_objects
 from terselm.data.schema import Message, check_prompt, check_text, prompt_hash
 from terselm.errors import DataFormatError
+from terselm.files import atomic_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,15 @@ class Instruction:
         check_prompt(self.messages)
         if self.category is not None:
             check_text("category", self.category)
+
+
+def write_instructions(path: Path | str, instructions: Iterable[Instruction]) -> None:
+    """Write instructions as JSON Lines, such as `read_instructions` reads; the file appears complete or not at all."""
+    with atomic_file(Path(path)) as file:
+        for one in instructions:
+            category = {} if one.category is None else {"category": one.category}
+            messages = [message_to_object(message) for message in one.messages]
+            file.write(dump_object({"id": one.id, **category, "messages": messages}) + "\n")
 
 
 def read_instructions(path: Path | str) -> list[Instruction]:

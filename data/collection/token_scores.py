@@ -126,6 +126,8 @@ def spans(text: str, pieces: Sequence[bytes]) -> tuple[Any, Any]:
         ``(T,)`` int32 each: the first character, and the one after the last.
     """
     data = text.encode()
+    if "▁" not in text:  # as SentencePiece writes a space
+        pieces = [piece.replace("▁".encode(), b" ") for piece in pieces]
     character = np.zeros(len(data) + 1, np.int32)  # of each byte
     character[:-1] = np.repeat(np.arange(len(text)), [len(c.encode()) for c in text])
     character[-1] = len(text)

@@ -23,8 +23,8 @@ def without_near_duplicates(instructions: Sequence[Instruction], threshold: floa
     """Leave out instructions much like an earlier one; return what stays, and how many went.
 
     Two are much alike if the Jaccard similarity of their sets of three-word runs, as MinHash estimates it (Broder,
-    1997), is at least ``threshold``. The longer a few-shot prompt's common examples, the more
-    alike its questions look: give such prompts a high threshold, or none.
+    1997), is at least ``threshold``. The longer a few-shot prompt's common examples, the more alike its questions
+    look: give such prompts a high threshold, or none.
 
     Raises:
         ConfigError: the threshold is out of range, or datasketch is missing.
@@ -35,7 +35,8 @@ def without_near_duplicates(instructions: Sequence[Instruction], threshold: floa
         from datasketch import MinHash, MinHashLSH
     except ImportError:
         raise ConfigError("finding near duplicates needs datasketch; run: pip install 'terselm[collect]'") from None
-    index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
+    # Rather look at too many than at too few: what it finds is compared below.
+    index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS, weights=(0.1, 0.9))
     hashes: dict[str, Any] = {}
     kept = []
     for instruction in instructions:

@@ -30,7 +30,7 @@ def read_rows(source: str) -> Iterator[tuple[int, Json]]:
     path = Path(source)
     if source.startswith(HUB):
         return _dataset(source.removeprefix(HUB))
-    if path.is_dir():
+    if Path(source.partition("#")[0]).is_dir():
         return _dataset(source)
     match path.suffix.lower():
         case ".parquet":

@@ -1,4 +1,4 @@
-"""Commands on data: ``collect``, and ``data`` with what can be done to a file of records."""
+"""The command ``collect``."""
 
 from __future__ import annotations
 
