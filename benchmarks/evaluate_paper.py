@@ -20,11 +20,13 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from terselm.compress.counter import Count, resolve_counter
 from terselm.compress.evaluation.figures import Figuring
-from terselm.compress.evaluation.methods import Compressed
+from terselm.compress.evaluation.methods import Compressed, Method, parse_method
 from terselm.compress.evaluation.report import as_json, markdown, plain
 from terselm.compress.evaluation.runner import JOURNAL, Run
 from terselm.compress.evaluation.settings import EvaluateSettings, SuiteName, SuiteSettings, TargetSettings
@@ -77,6 +79,18 @@ BASELINES = [
     "selective-sentences",
 ]
 PEER = "llmlingua"
+MATCHED = {  # llmlingua does not keep to a budget: these may be as long as what it makes of the same prompt
+    f"{name}, as long as llmlingua": name
+    for name in (
+        "terselm",
+        f"terselm:{WHOLE}",
+        f"terselm:{WHOLE},k=1.2",
+        f"terselm:{WHOLE},anchor=1",
+        f"terselm:{WHOLE},anchor=1,anchor_by=shortest",
+        f"terselm:{WHOLE},anchor=0.5,anchor_by=shortest",
+        "truncate",
+    )
+}
 BUDGETS = ["1-shot", "half-shot", "quarter-shot"]
 
 
@@ -91,6 +105,8 @@ def main() -> None:
         (suite, target, shard) for shard in reversed(shards) for suite in ("gsm8k", "bbh") for target in options.target
     ]
     jobs = [job for job in jobs if job[2] != "peer" or job[1] == options.target[0]]  # it shortens for all targets
+    if options.aligned:
+        jobs += [(suite, options.target[0], "alignment") for suite in ("gsm8k", "bbh")]
     with ThreadPoolExecutor(options.at_once) as pool:
         states = list(pool.map(lambda job: run_shard(options, *job), jobs))
     failed = [job for job, state in zip(jobs, states, strict=True) if state]
@@ -99,6 +115,8 @@ def main() -> None:
     for suite in ("gsm8k", "bbh"):
         for target in options.target:
             report(options, suite, target, [shard for shard in shards if (suite, target, shard) not in failed])
+        if options.aligned and (suite, options.target[0], "alignment") not in failed:
+            report(options, suite, options.target[0], ["alignment"])
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
     sys.exit(bool(failed))
 
@@ -152,13 +170,14 @@ def weights_of(model: str) -> str:
 def methods_of(options: argparse.Namespace, shard: str) -> list[str]:
     if shard == "ours":
         ours = options.methods.split() if options.methods else list(OURS)
-        if options.aligned:
-            ours += [f"terselm:model={weights_of(options.aligned)},{WHOLE}{k}" for k in ("", ",k=1.2")]
         ours += [f"terselm:model={weights_of(options.target[0])},{WHOLE}{k}" for k in ("", ",k=1.2")]
         return ours
+    if shard == "alignment":
+        models = options.small, options.aligned
+        return [f"terselm:model={weights_of(model)},{WHOLE}{k}" for k in ("", ",k=1.2") for model in models]
     if shard == "ablated":
         return [f"terselm:{WHOLE},{part}" for part in ABLATED] + ["terselm:next-token"]
-    return BASELINES if shard == "baselines" else [PEER]
+    return BASELINES if shard == "baselines" else [PEER, *MATCHED]
 
 
 def settings_of(options: argparse.Namespace, suite: str, target: str, methods: Sequence[str]) -> EvaluateSettings:
@@ -188,6 +207,7 @@ def settings_of(options: argparse.Namespace, suite: str, target: str, methods: S
         model=weights_of(options.small),
         device=options.device,
         llmlingua=options.llmlingua,
+        oracle=bool(options.aligned) and list(methods) == methods_of(options, "alignment"),
         batch=options.batch,
     )
 
@@ -209,6 +229,19 @@ class Remembering:
         return shortened
 
 
+class AsLong:
+    """A method that may use as many tokens as llmlingua does."""
+
+    def __init__(self, method: Method, peer: Method, count: Count) -> None:
+        self._method = method
+        self._peer = peer
+        self._count = count
+
+    def compress(self, prompts: Sequence[Prompt], budgets: Sequence[int]) -> list[Compressed]:
+        lengths = [self._count(one.text) for one in self._peer.compress(prompts, budgets)]
+        return self._method.compress(prompts, lengths)
+
+
 def measure(options: argparse.Namespace) -> None:
     """One shard, in a process of its own."""
     suite, target, shard = options.shard
@@ -217,15 +250,31 @@ def measure(options: argparse.Namespace) -> None:
             settings_of(options, suite, target, methods_of(options, shard)), folder_of(options, *options.shard)
         ).measure()
         return
+    measure_peer(options, suite, shard)
+
+
+def measure_peer(options: argparse.Namespace, suite: str, shard: str) -> None:
+    """llmlingua for all targets, and ours as long as it."""
+    from terselm.compress.evaluation.opening import Workshop, open_target
     from terselm.compress.evaluation.peer import Llmlingua
 
-    first = settings_of(options, suite, target, [PEER])
+    first = settings_of(options, suite, options.target[0], [PEER])
+    count = resolve_counter(first.counter)
+    assert count is not None
     peer = Llmlingua(first.llmlingua, first.model, options.device)
     remembering = Remembering(peer)
     try:
         for each in options.target:
-            settings = settings_of(options, suite, each, [PEER])
-            Run(settings, folder_of(options, suite, each, shard), methods={PEER: remembering}).measure()
+            settings = settings_of(options, suite, each, methods_of(options, shard))
+            folder = folder_of(options, suite, each, shard)
+            target = open_target(settings.target, folder)
+            workshop = Workshop(settings, target, count, {})
+            ready: dict[str, Method] = {PEER: remembering}
+            with ExitStack() as stack:
+                for name, ours in MATCHED.items():
+                    method = stack.enter_context(workshop.method(parse_method(ours)))
+                    ready[name] = AsLong(method, remembering, count)
+                Run(settings, folder, target, ready).measure()
     finally:
         peer.close()
 
@@ -237,11 +286,13 @@ def report(options: argparse.Namespace, suite: str, target: str, shards: Sequenc
     entries: list[Any] = []
     for shard in shards:
         journal = folder_of(options, suite, target, shard) / JOURNAL
-        lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
+        if not journal.exists():
+            continue
+        lines = journal.read_text(encoding="utf-8").splitlines()
         entries += [json.loads(line) for line in lines[1:]]
         with journal.open("rb") as source, gzip.open(journal.with_suffix(".jsonl.gz"), "wb") as packed:
             shutil.copyfileobj(source, packed)
-    loaded = Run(settings, options.out).suite
+    loaded = Run(settings, options.out, methods={name: Remembering(None) for name in MATCHED}).suite
     figures = Figuring(settings, loaded, entries).all()
     table = markdown(settings, loaded, figures).replace(settings.target.model, name_of(target))
     result = {
@@ -250,7 +301,8 @@ def report(options: argparse.Namespace, suite: str, target: str, shards: Sequenc
         "hardware": describe_hardware(),
         **as_json(settings, loaded, figures),
     }
-    stem = options.out / f"evaluate_{suite}_{name_of(target)}"
+    kind = "alignment" if list(shards) == ["alignment"] else "evaluate"
+    stem = options.out / f"{kind}_{suite}_{name_of(target)}"
     stem.with_suffix(".json").write_text(
         json.dumps(plain(result), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
