@@ -109,5 +109,13 @@ def _dataset(name: str) -> Iterator[tuple[int, Json]]:
     split = split or ("train" if "train" in found else next(iter(found)))
     if split not in found:
         raise ConfigError(f"data set {name!r} has no split {split!r}; it has {', '.join(found)}")
-    for number, row in enumerate(found[split], start=1):
+    rows = enumerate(found[split], start=1)
+    while True:
+        try:
+            number, row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            first = str(error).strip().split("\n")[0]
+            raise DataFormatError(name, None, f"cannot be read as a data set: {first}") from None
         yield number, {key: value for key, value in row.items() if value is not None}

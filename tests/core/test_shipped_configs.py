@@ -43,11 +43,27 @@ def deepspeed(path: Path) -> Any:
     return DeepSpeedPlugin(hf_ds_config=str(path)).zero_stage == int(path.stem.removeprefix("zero"))
 
 
+def collect(path: Path) -> Any:
+    from terselm.data.collection.settings import CollectSettings
+
+    return load_config(CollectSettings, path)
+
+
+def prices(path: Path) -> Any:
+    import yaml
+
+    from terselm.data.collection.money import read_price
+
+    return [read_price(path, model) for model in yaml.safe_load(path.read_text(encoding="utf-8"))]
+
+
 READERS: dict[str, Callable[[Path], Any]] = {
     "align": align,
     "accelerate": accelerate,
+    "collect": collect,
     "compress": compress,
     "deepspeed": deepspeed,
+    "prices": prices,
 }
 
 

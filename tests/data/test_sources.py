@@ -68,11 +68,14 @@ def test_a_data_set_of_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     jsonl(folder / "train.jsonl", ALPACA)
-    jsonl(folder / "test.jsonl", [{"question": "Why?"}])
+    jsonl(folder / "test.jsonl", [{"instruction": "Why?", "input": "", "output": ""}])
     assert prompts(str(folder)) == PROMPTS
     assert prompts(f"{folder}#test") == ["Why?"]
     with pytest.raises(ConfigError, match="has no split 'dev'; it has "):
         prompts(f"{folder}#dev")
+    jsonl(folder / "test.jsonl", [{"other": 1}])
+    with pytest.raises(DataFormatError, match="cannot be read as a data set: "):
+        prompts(f"{folder}#test")
 
 
 def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,103 @@
+"""What a collection will use, said before and counted after."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from endpoints import KEY, gather, instructions, settings
+from faulty_server import Server, serving
+
+from terselm.data.collection.collect import Options, collect
+from terselm.data.collection.estimate import estimate
+from terselm.data.collection.ledger import ledger_of
+from terselm.data.collection.settings import CollectSettings, PromptTemplate
+from terselm.data.collection.status import status
+from terselm.data.instructions import read_instructions
+
+SAMPLE = Path(__file__).parents[2] / "data" / "sample" / "instructions.jsonl"
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving(Server()) as url:
+        yield url
+
+
+def test_nothing_is_known_at_first_but_the_most(tmp_path: Path, endpoint: str) -> None:
+    found = estimate(instructions(50), tmp_path / "r.jsonl", settings(endpoint))
+    assert (found.requests, found.answers_known, found.prompt_basis) == (50, 0, "bytes")
+    assert found.completion_tokens.expected is found.cost.expected is None
+    assert found.completion_tokens.at_most == 50 * 20
+    assert found.prompt_tokens.at_most >= 50 * 7
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_a_pilot_is_asked_paid_and_learnt_from(tmp_path: Path, endpoint: str) -> None:
+    (tmp_path / "prices.yaml").write_text("m: {input: 1000, output: 2000}\n")
+    out, options = tmp_path / "r.jsonl", Options(prices=tmp_path / "prices.yaml")
+    long = instructions(60, "A longer question is {}, " + "and why is that so? " * 4)
+    ask = [*instructions(60, "Question {}?"), *(replace(one, id=f"long-{one.id}") for one in long)]
+    found = estimate(ask, out, settings(endpoint), options, pilot=30)
+    assert (found.requests, found.answers_known, found.prompt_basis) == (90, 30, "answers")
+    before = status(ledger_of(out))
+    assert before["requests"]["done"] == 30
+    summary = collect(ask, out, settings(endpoint), options)
+    after = status(ledger_of(out))
+    for name, guess in (
+        ("prompt_tokens", found.prompt_tokens),
+        ("completion_tokens", found.completion_tokens),
+        ("cost", found.cost),
+    ):
+        used = after[name] - before[name]
+        assert guess.expected == pytest.approx(used, rel=0.1), name
+        assert used <= guess.at_most
+    assert summary.reused == 30
+    done = estimate(ask, out, settings(endpoint), options)
+    assert (done.requests, done.cost.expected, done.cost.at_most) == (0, 0, 0)
+
+
+def test_what_other_settings_used_says_nothing(tmp_path: Path, endpoint: str) -> None:
+    gather(instructions(20), tmp_path / "r.jsonl", settings(endpoint))
+    assert estimate(instructions(20), tmp_path / "r.jsonl", settings(endpoint, max_new_tokens=9)).answers_known == 0
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_within_a_tenth_of_what_a_real_model_used(tmp_path: Path, temperature: float) -> None:
+    """SmolLM2 in this process, from a pilot of a quarter."""
+    ask = [one for one in read_instructions(SAMPLE) if one.category not in ("long_context", "few_shot")][::3][:64]
+    template = PromptTemplate(text="Question: {prompt}\nAnswer:", stop=["\nQuestion"])
+    given: dict[str, Any] = {"temperatures": [temperature], "max_new_tokens": 40, "top_k": 50, "dtype": "bfloat16"}
+    asked = CollectSettings(endpoint="local:smollm2-135m", templates={"default": template}, **given)
+    out = tmp_path / "r.jsonl"
+    found = estimate(ask, out, asked, pilot=16)
+    before = status(ledger_of(out))
+    collect(ask, out, asked)
+    after = status(ledger_of(out))
+    print()
+    for name, guess in (("prompt_tokens", found.prompt_tokens), ("completion_tokens", found.completion_tokens)):
+        used = after[name] - before[name]
+        assert guess.expected is not None
+        print(f"{name}: expected {guess.expected:,.0f}, used {used:,} ({guess.expected / used - 1:+.1%})")
+        assert guess.expected == pytest.approx(used, rel=0.1)
+        assert used <= guess.at_most
+
+
+def test_the_command_prints_it(tmp_path: Path, endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from typer.testing import CliRunner
+
+    from terselm.cli.app import app
+
+    ask = tmp_path / "ask.jsonl"
+    ask.write_text("".join(json.dumps({"prompt": f"Number {n}?"}) + "\n" for n in range(30)))
+    given = ["--instructions", str(ask), "--out", str(tmp_path / "r.jsonl"), "--endpoint", endpoint, "--model", "m"]
+    done = CliRunner().invoke(app, ["collect", *given, "--estimate", "--pilot", "10"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["requests"] == 20
