@@ -66,9 +66,8 @@ class Figuring:
 
     def _figures(self, key: tuple[str, str], other: tuple[str, str]) -> Figures:
         entries = self._cells[key]
-        whole = self._cells[FULL, NO_BUDGET]
         tokens = np.mean([entry["tokens"] for entry in entries.values()])
-        before = np.mean([whole[id_]["tokens"] for id_ in entries])
+        before = np.mean([entry["whole_tokens"] for entry in entries.values()])
         allowed = [(entry["tokens"], entry["allowed"]) for entry in entries.values() if "allowed" in entry]
         times = [entry["target_seconds"] for entry in entries.values() if "target_seconds" in entry]
         price = self._settings.target.price

@@ -95,7 +95,7 @@ class Run:
 
     def _cells(self) -> list[Cell]:
         references = [Cell(method=ZERO, budget=None), Cell(method=FULL, budget=None)]
-        return references + [
+        return (references if self.settings.references else []) + [
             Cell(method=method.text, budget=budget) for method in self.methods for budget in self.budgets
         ]
 
@@ -190,6 +190,7 @@ class Run:
                 "budget": cell.key[1],
                 "id": item.id,
                 "tokens": self._count(text),
+                "whole_tokens": self._count(full_text(item.prompt)),
                 "compressor_seconds": round(seconds, 6),
                 "text": text,
             }

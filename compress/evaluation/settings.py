@@ -115,6 +115,7 @@ class EvaluateSettings:
         llmlingua: interpreter of an environment with llmlingua, or a folder that pip installed it into.
         score: whether −log p of the gold answer is measured; needs a local target.
         generate: whether the target answers.
+        references: whether the bare question and the whole prompt are measured too; scores need them.
         oracle: whether the words that ours keeps are compared with those that the target itself, as compressor, keeps.
         batch: prompts that are compressed, and committed to disk, together.
         seed: of random methods and of intervals.
@@ -134,6 +135,7 @@ class EvaluateSettings:
     llmlingua: Path | None = None
     score: bool = True
     generate: bool = False
+    references: bool = True
     oracle: bool = False
     batch: int = 64
     seed: int = 0
@@ -147,6 +149,8 @@ class EvaluateSettings:
             raise ConfigError(f"compare is {self.compare!r}; expected one of the methods: {', '.join(self.methods)}")
         if not self.score and not self.generate:
             raise ConfigError("neither score nor generate is on, so there is nothing to measure; turn one on")
+        if self.score and not self.references:
+            raise ConfigError("scores are relative to the bare question and the whole prompt; leave references on")
         if self.batch < 1:
             raise ConfigError(f"batch is {self.batch}; expected at least 1")
 
