@@ -49,6 +49,15 @@ def collect(path: Path) -> Any:
     return load_config(CollectSettings, path)
 
 
+def evaluate(path: Path) -> Any:
+    from terselm.compress.evaluation.budgets import parse_budget
+    from terselm.compress.evaluation.methods import parse_method
+    from terselm.compress.evaluation.settings import EvaluateSettings
+
+    settings = load_config(EvaluateSettings, path)
+    return [parse_method(name) for name in settings.methods] + [parse_budget(name) for name in settings.budgets]
+
+
 def prices(path: Path) -> Any:
     import yaml
 
@@ -63,6 +72,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "collect": collect,
     "compress": compress,
     "deepspeed": deepspeed,
+    "evaluate": evaluate,
     "prices": prices,
 }
 
