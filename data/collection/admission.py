@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
+from terselm.data.collection.entries import ANSWERED, INTERRUPTED, Intent, Outcome
 from terselm.data.collection.failures import Failure
-from terselm.data.collection.ledger import ANSWERED, INTERRUPTED, Intent, Ledger, Outcome
+from terselm.data.collection.ledger import Ledger
 from terselm.data.collection.limits import WINDOW, AdaptiveConcurrency, Reservation, RollingLimit
 from terselm.data.collection.money import Budget
 from terselm.data.collection.settings import LimitSettings

@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 
 from terselm.data.collection.batch_files import MOST_BYTES, MOST_REQUESTS, answer_lines, expired, request_line, split
 from terselm.data.collection.client import AskError, Client
+from terselm.data.collection.entries import Intent, Outcome, State
 from terselm.data.collection.failures import Failure, Reason, Then, no_answer
 from terselm.data.collection.interrupts import on_interrupt
 from terselm.data.collection.judge import versions
-from terselm.data.collection.ledger import Intent, Ledger, Outcome, State
+from terselm.data.collection.ledger import Ledger
 from terselm.data.collection.plan import Request, recall, remote_body
 from terselm.data.collection.progress import Progress
 from terselm.data.collection.remote import Remote

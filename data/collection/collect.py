@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
-from terselm.data.collection.export import (
-    export_failures,
-    export_records,
-    failures_of,
-    logprobs_of,
-    take_in,
-)
-from terselm.data.collection.ledger import Ledger, State, ledger_of
+from terselm.data.collection.entries import State
+from terselm.data.collection.export import export_all, take_in
+from terselm.data.collection.ledger import Ledger, ledger_of
 from terselm.data.collection.money import FREE, read_price
 from terselm.data.collection.plan import Request, asked, plan_requests
 from terselm.data.collection.progress import Progress
 from terselm.data.collection.settings import CollectSettings
-from terselm.data.collection.status import report
+from terselm.data.collection.summary import CollectSummary, summarise, why_nothing
 from terselm.data.instructions import Instruction
-from terselm.data.journal import lock_of, locked
+from terselm.data.journal import locked
 from terselm.errors import ConfigError, TargetLLMError
 from terselm.files import remove_partials
 from terselm.models.process import Process, current_process
 
 if TYPE_CHECKING:
     from terselm.models import CausalLM
+
+__all__ = ["CollectSummary", "Options", "ask", "collect", "open_ledger", "register", "still_waiting"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,36 +56,6 @@ class Options:
                 raise ConfigError(f"{name} is {value}; expected 0 or more")
         if self.max_cost is not None and self.prices is None:
             raise ConfigError("max_cost needs a price table; give one with prices")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CollectSummary:
-    """What a collection has come to.
-
-    Attributes:
-        records: in the file now.
-        reused: of these, how many were there before this run.
-        waiting: requests that are still to be asked.
-        without_record: requests that will have no record, by reason.
-        retried: records of a local target that took more than one draw.
-        cut: records that were cut where they began to loop.
-        prompt_tokens, completion_tokens: of the records, as the target counts.
-        cost: of everything in the ledger, by the price table.
-        stopped: why this run ended before everything was asked; None if it did not.
-        files: what was written.
-    """
-
-    records: int
-    reused: int
-    waiting: int
-    without_record: Mapping[str, int]
-    retried: int
-    cut: int
-    prompt_tokens: int
-    completion_tokens: int
-    cost: float
-    stopped: str | None
-    files: tuple[str, ...]
 
 
 def collect(
@@ -130,11 +94,11 @@ def collect(
             ledger.retry([State.FAILED])
         before = ledger.states()
         stopped = ask(ledger, requests, settings, options, process, lm)
-        files = _export(ledger, requests, out, settings, process)
+        files = export_all(ledger, requests, out, settings, process)
         if str(out) not in files and process.count == 1:
-            raise TargetLLMError(_nothing(ledger, requests, settings, stopped))
+            raise TargetLLMError(why_nothing(ledger, requests, settings, stopped))
         reused = sum(before[request.id] is State.DONE for request in requests)
-        return _summary(ledger, requests, reused=reused, stopped=stopped, files=files)
+        return summarise(ledger, requests, reused=reused, stopped=stopped, files=files)
 
 
 def register(ledger: Ledger, requests: Sequence[Request], out: Path) -> None:
@@ -246,74 +210,3 @@ def _ask_local(
         answer_all(lm, ledger, pending, settings, progress)
     if settings.logprobs.keep:
         score_records(load, ledger, [request.id for request in mine], settings.logprobs.top_k)
-
-
-def _export(
-    ledger: Ledger, requests: Sequence[Request], out: Path, settings: CollectSettings, process: Process
-) -> tuple[str, ...]:
-    """Write the files; of several processes, the last one to finish does."""
-    if process.count > 1 and not _all_done(ledger, requests, settings):
-        return ()
-    files = []
-    with FileLock(lock_of(out.with_name(f"{out.name}.export"))):  # two that finish at once write the same
-        if export_records(ledger, requests, out):
-            files.append(out)
-        if export_failures(ledger, requests, out):
-            files.append(failures_of(out))
-        if files[:1] == [out] and settings.logprobs.keep:
-            from terselm.data.collection.scores import export_logprobs
-
-            export_logprobs(ledger, requests, logprobs_of(out), settings)
-            files.append(logprobs_of(out))
-    with suppress(OSError):
-        lock_of(out.with_name(f"{out.name}.export")).unlink()
-    return tuple(map(str, files))
-
-
-def _all_done(ledger: Ledger, requests: Sequence[Request], settings: CollectSettings) -> bool:
-    from terselm.data.collection.scores import unscored
-
-    states = ledger.states()
-    if any(states[request.id] is State.WAITING for request in requests):
-        return False
-    return not (settings.logprobs.keep and unscored(ledger, [request.id for request in requests]))
-
-
-def _nothing(ledger: Ledger, requests: Sequence[Request], settings: CollectSettings, stopped: str | None) -> str:
-    if stopped:
-        return f"there is no answer of {settings.target} yet: {stopped}"
-    reasons = ", ".join(f"{count} {reason}" for reason, count in _reasons(ledger, requests).items())
-    hint = "try another prompt template, or a higher temperature" if settings.is_local else "--status says more"
-    return f"none of the {len(requests)} answers of {settings.target} was fit to keep ({reasons}); {hint}"
-
-
-def _reasons(ledger: Ledger, requests: Sequence[Request]) -> dict[str, int]:
-    wanted = {request.id for request in requests}
-    rows = ledger.query(
-        "SELECT id, reason FROM requests WHERE state IN (?, ?, ?)", (State.FAILED, State.FILTERED, State.DROPPED)
-    )
-    return dict(Counter(reason for name, reason in rows if name in wanted))
-
-
-def _summary(
-    ledger: Ledger, requests: Sequence[Request], *, reused: int, stopped: str | None, files: tuple[str, ...]
-) -> CollectSummary:
-    states = ledger.states()
-    made = [
-        record["generation"]
-        for request in requests
-        if states[request.id] is State.DONE and (record := ledger.record(request.id)) is not None
-    ]
-    return CollectSummary(
-        records=len(made),
-        reused=reused,
-        waiting=sum(states[request.id] is State.WAITING for request in requests),
-        without_record=_reasons(ledger, requests),
-        retried=sum(generation["attempts"] > 1 for generation in made),
-        cut=sum(generation["finish_reason"] == "loop" for generation in made),
-        prompt_tokens=sum(generation["usage"]["prompt_tokens"] for generation in made),
-        completion_tokens=sum(generation["usage"]["completion_tokens"] for generation in made),
-        cost=report(ledger)["cost"],
-        stopped=stopped,
-        files=files,
-    )

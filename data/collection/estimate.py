@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import fmean, linear_regression, stdev
 
 from terselm.data.collection.collect import Options, ask, open_ledger, register, still_waiting
-from terselm.data.collection.ledger import ANSWERED, IMPORTED, Ledger, State
+from terselm.data.collection.entries import ANSWERED, IMPORTED, State
+from terselm.data.collection.ledger import Ledger
 from terselm.data.collection.money import FREE, Price, read_price
 from terselm.data.collection.plan import Request, plan_requests, render
 from terselm.data.collection.settings import CollectSettings

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from terselm.data.collection.ledger import Ledger, State
+from filelock import FileLock
+
+from terselm.data.collection.entries import State
+from terselm.data.collection.ledger import Ledger
 from terselm.data.collection.plan import Request
+from terselm.data.collection.settings import CollectSettings
 from terselm.data.formats import Format, record_to_object
+from terselm.data.journal import lock_of
 from terselm.data.jsonl import dump_object
 from terselm.data.records import read_records
 from terselm.errors import ConfigError
 from terselm.files import atomic_file
+from terselm.models.process import Process
 
 
 def failures_of(out: Path) -> Path:
@@ -80,3 +87,34 @@ def export_failures(ledger: Ledger, requests: Sequence[Request], out: Path) -> i
                 line = {"id": name, "instruction": request.instruction.id, "temperature": request.temperature}
                 file.write(dump_object(line | {"state": state, "reason": reason, "message": message}) + "\n")
     return len(found)
+
+
+def export_all(
+    ledger: Ledger, requests: Sequence[Request], out: Path, settings: CollectSettings, process: Process
+) -> tuple[str, ...]:
+    """Write the files; of several processes, the last one to finish does."""
+    if process.count > 1 and not _all_done(ledger, requests, settings):
+        return ()
+    files = []
+    with FileLock(lock_of(out.with_name(f"{out.name}.export"))):  # two that finish at once write the same
+        if export_records(ledger, requests, out):
+            files.append(out)
+        if export_failures(ledger, requests, out):
+            files.append(failures_of(out))
+        if files[:1] == [out] and settings.logprobs.keep:
+            from terselm.data.collection.scores import export_logprobs
+
+            export_logprobs(ledger, requests, logprobs_of(out), settings)
+            files.append(logprobs_of(out))
+    with suppress(OSError):
+        lock_of(out.with_name(f"{out.name}.export")).unlink()
+    return tuple(map(str, files))
+
+
+def _all_done(ledger: Ledger, requests: Sequence[Request], settings: CollectSettings) -> bool:
+    from terselm.data.collection.scores import unscored
+
+    states = ledger.states()
+    if any(states[request.id] is State.WAITING for request in requests):
+        return False
+    return not (settings.logprobs.keep and unscored(ledger, [request.id for request in requests]))

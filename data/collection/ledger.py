@@ -14,12 +14,11 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from terselm.data.collection.entries import ANSWERED, IMPORTED, INTERRUPTED, Intent, Outcome, State
 from terselm.data.jsonl import Json, dump_object
 from terselm.errors import DataFormatError, TargetLLMError
 
@@ -57,56 +56,6 @@ CREATE TABLE IF NOT EXISTS batches (
     state TEXT NOT NULL DEFAULT 'created'  -- created, submitted, ended
 ) WITHOUT ROWID;
 """
-
-
-class State(StrEnum):
-    """What became of a request so far."""
-
-    WAITING = "waiting"
-    """To be asked, or asked again."""
-    DONE = "done"
-    """There is a record."""
-    FAILED = "failed"
-    """The endpoint did not answer, however often it was asked, or refused."""
-    FILTERED = "filtered"
-    """A content filter kept the answer back."""
-    DROPPED = "dropped"
-    """There is an answer, but none that is fit for a record."""
-
-
-ANSWERED = "answered"
-"""Outcome of an attempt that brought a whole answer."""
-INTERRUPTED = "interrupted"
-"""Outcome of an attempt that a kill cut off; whether it was answered, and charged, nobody knows."""
-IMPORTED = "imported"
-"""Outcome that stands for a record that was in the file before there was a ledger."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Intent:
-    """An attempt that is about to be made."""
-
-    request: str
-    number: int
-    bound_tokens: int = 0
-    bound_cost: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How an attempt ended, and what that means for its request."""
-
-    request: str
-    number: int
-    outcome: str
-    message: str | None = None
-    raw: bytes | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    cost: float = 0.0
-    state: State = State.WAITING
-    reason: str | None = None
-    record: Json | None = None
 
 
 class Ledger:

@@ -98,7 +98,8 @@ class RollingLimit:
 
 
 class AdaptiveConcurrency:
-    """Additive increase, multiplicative decrease, as in TCP's congestion control.
+    """As TCP's congestion control: twice as many after each round until the first refusal, which halves the number;
+    from there on one more after each round.
 
     Args:
         most: requests in flight that are never exceeded.
@@ -111,6 +112,7 @@ class AdaptiveConcurrency:
         self._most = most
         self._allowed = float(min(most, start))
         self._running = 0
+        self._threshold = float("inf")
         self._decreased = float("-inf")
         self._changed = asyncio.Condition()
 
@@ -132,12 +134,13 @@ class AdaptiveConcurrency:
                 self._changed.notify(2)  # a success may have made room for one more
 
     def succeeded(self) -> None:
-        """One more in flight after as many answers as are in flight."""
-        self._allowed = min(self._most, self._allowed + 1 / self._allowed)
+        """An answer came."""
+        more = 1.0 if self._allowed < self._threshold else 1 / self._allowed
+        self._allowed = min(self._most, self._allowed + more)
 
     def overloaded(self) -> None:
         """Half as many in flight."""
         now = asyncio.get_running_loop().time()
         if now - self._decreased >= self._CALM:
             self._decreased = now
-            self._allowed = max(1.0, self._allowed / 2)
+            self._allowed = self._threshold = max(1.0, self._allowed / 2)

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
+from terselm.data.collection.entries import ANSWERED, Intent, Outcome, State
 from terselm.data.collection.judge import judge, make_record, versions
-from terselm.data.collection.ledger import ANSWERED, Intent, Ledger, Outcome, State
+from terselm.data.collection.ledger import Ledger
 from terselm.data.collection.memory import BatchSize
 from terselm.data.collection.plan import Request, render
 from terselm.data.collection.progress import Progress

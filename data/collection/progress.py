@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from terselm.data.collection.ledger import Outcome, State
+from terselm.data.collection.entries import Outcome, State
 
 _log = logging.getLogger(__name__)
 _EVERY = 30.0  # seconds between lines

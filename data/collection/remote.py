@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from terselm.data.collection.admission import Admission, StoppedError
 from terselm.data.collection.client import AskError, Client, Key
 from terselm.data.collection.commits import Commits
+from terselm.data.collection.entries import Intent, Outcome
 from terselm.data.collection.failures import Failure, Reason, Then, no_answer
 from terselm.data.collection.interrupts import on_interrupt
 from terselm.data.collection.judge import versions
-from terselm.data.collection.ledger import Intent, Ledger, Outcome
+from terselm.data.collection.ledger import Ledger
 from terselm.data.collection.money import FREE, Price, SpentError
 from terselm.data.collection.plan import Request, remote_body
 from terselm.data.collection.progress import Progress

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from terselm.data.collection.ledger import Ledger, State
+from terselm.data.collection.entries import State
+from terselm.data.collection.ledger import Ledger
 from terselm.data.collection.plan import Request
 from terselm.data.collection.responses import parse_response
 from terselm.data.collection.settings import CollectSettings

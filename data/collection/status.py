@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from terselm.data.collection.ledger import IMPORTED, Ledger, State
+from terselm.data.collection.entries import IMPORTED, State
+from terselm.data.collection.ledger import Ledger
 
 
 def status(path: Path) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from terselm.data.collection.entries import ANSWERED, Intent, Outcome, State
 from terselm.data.collection.failures import Failure, Reason, Then
 from terselm.data.collection.judge import make_record
-from terselm.data.collection.ledger import ANSWERED, Intent, Outcome, State
 from terselm.data.collection.money import Price
 from terselm.data.collection.plan import Request
 from terselm.data.collection.responses import Response
