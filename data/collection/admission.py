@@ -84,7 +84,7 @@ class Admission:
         """Count what a request really used, and adapt to how the endpoint bore it."""
         ticket.cost = outcome.cost
         used = (outcome.prompt_tokens or 0) + (outcome.completion_tokens or 0)
-        if failure is not None and failure.charged:
+        if failure.charged if failure is not None else not used:  # what it used is not known
             used = ticket.intent.bound_tokens
         if self._tokens is not None and ticket.tokens is not None:
             self._tokens.settle(ticket.tokens, used)

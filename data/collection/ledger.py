@@ -48,7 +48,11 @@ CREATE TABLE IF NOT EXISTS attempts (
     cost REAL,
     PRIMARY KEY (request, number)
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS scores (request TEXT PRIMARY KEY REFERENCES requests (id), data BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS scores (
+    request TEXT PRIMARY KEY REFERENCES requests (id),
+    top_k INTEGER NOT NULL,             -- of how many of the likeliest tokens, too
+    data BLOB NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS batches (
     token TEXT PRIMARY KEY,             -- ours, also in the batch's metadata at the endpoint
     requests TEXT NOT NULL,             -- JSON: their ids
@@ -201,14 +205,15 @@ class Ledger:
             return None if raw is None else zlib.decompress(raw)
         return None
 
-    def put_scores(self, scores: Iterable[tuple[str, bytes]]) -> None:
-        """Commit the log-probabilities of requests' texts."""
+    def put_scores(self, scores: Iterable[tuple[str, bytes]], top_k: int) -> None:
+        """Commit the log-probabilities of requests' texts, with those of the ``top_k`` likeliest tokens."""
         with self.transaction():
-            self._db.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", scores)
+            rows = ((request, top_k, data) for request, data in scores)
+            self._db.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
 
-    def scored(self) -> set[str]:
-        """The requests that have scores."""
-        return {request for (request,) in self._rows("SELECT request FROM scores")}
+    def scored(self, top_k: int) -> set[str]:
+        """The requests that have scores, with at least so many likeliest tokens."""
+        return {request for (request,) in self._rows("SELECT request FROM scores WHERE top_k >= ?", (top_k,))}
 
     def scores(self, request: str) -> bytes | None:
         """What `put_scores` was given."""

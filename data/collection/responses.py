@@ -12,6 +12,7 @@ class Response:
     """One answer of an endpoint.
 
     Attributes:
+        metered: the response says what it used; else the counts are 0.
         filtered: a content filter, or the model itself, kept the answer back.
         logprobs: as they came, in the form of the interface that was asked; None without.
     """
@@ -19,6 +20,7 @@ class Response:
     text: str
     finish_reason: str
     filtered: bool
+    metered: bool
     prompt_tokens: int
     completion_tokens: int
     model: str | None
@@ -44,6 +46,7 @@ def parse_response(raw: bytes) -> Response:
             text=text or "",
             finish_reason=str(reason),
             filtered=refused or reason == "content_filter",
+            metered="prompt_tokens" in usage and "completion_tokens" in usage,
             prompt_tokens=int(usage.get("prompt_tokens") or 0),
             completion_tokens=int(usage.get("completion_tokens") or 0),
             model=value.get("model") or None,

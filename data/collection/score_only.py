@@ -58,7 +58,7 @@ def score_only(source: str, out: Path, settings: CollectSettings, options: Optio
     texts = [(_key(text, settings), text) for text in load_texts(source)]
     with open_ledger(out) as ledger:
         ledger.add((key, _asked(text, settings)) for key, text in texts)
-        have = ledger.scored()
+        have = ledger.scored(settings.logprobs.top_k)
         missing = [(key, text) for key, text in texts if key not in have]
         failed = _score(ledger, missing, settings, options or Options()) if missing else {}
         if len(failed) == len(texts):
@@ -117,7 +117,7 @@ class _Scoring:
                     with attempt:
                         raw = await client.ask(_body(text, self.settings), plain=True)
                         scored = _parse(text, raw, self.settings)
-                self.ledger.put_scores([(key, pack(scored))])
+                self.ledger.put_scores([(key, pack(scored))], self.settings.logprobs.top_k)
             except (AskError, ValueError) as error:
                 self.failed[text.id] = self.key.mask(str(error))
 

@@ -33,13 +33,13 @@ def score_records(load: Callable[[], CausalLM], ledger: Ledger, requests: Sequen
     Args:
         load: gives the target; not called where nothing is missing.
     """
-    if missing := unscored(ledger, requests):
+    if missing := unscored(ledger, requests, top_k):
         score_all(load(), ledger, [(name, _text_of(ledger, name)) for name in missing], top_k)
 
 
-def unscored(ledger: Ledger, requests: Sequence[str]) -> list[str]:
+def unscored(ledger: Ledger, requests: Sequence[str], top_k: int) -> list[str]:
     """Those of the requests that have a record, but no scores."""
-    states, have = ledger.states(), ledger.scored()
+    states, have = ledger.states(), ledger.scored(top_k)
     return [name for name in requests if states[name] is State.DONE and name not in have]
 
 
@@ -47,7 +47,7 @@ def score_all(lm: CausalLM, ledger: Ledger, texts: Sequence[tuple[str, PlainText
     """Score (key in the ledger, text); each pass is committed before the next begins."""
     with tqdm(total=len(texts), desc=f"Scoring with {lm.name}", unit="text", delay=2, disable=None) as bar:
         for batch in score_texts(lm, [replace(text, id=key) for key, text in texts], top_k):
-            ledger.put_scores((scored.id, pack(scored)) for scored in batch)
+            ledger.put_scores(((scored.id, pack(scored)) for scored in batch), top_k)
             bar.update(len(batch))
 
 

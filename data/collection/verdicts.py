@@ -44,7 +44,7 @@ def answered(
         raw=raw,
         prompt_tokens=response.prompt_tokens,
         completion_tokens=response.completion_tokens,
-        cost=price.cost(response.prompt_tokens, response.completion_tokens),
+        cost=price.cost(response.prompt_tokens, response.completion_tokens) if response.metered else intent.bound_cost,
     )
     if response.filtered:
         return replace(used, state=State.FILTERED, reason=Reason.CONTENT_FILTER, message=response.finish_reason)

@@ -20,7 +20,7 @@ from test_limits import most_in_a_window
 
 from terselm.data.collection import admission
 from terselm.data.collection.collect import Options, collect
-from terselm.data.collection.ledger import ledger_of
+from terselm.data.collection.ledger import Ledger, ledger_of
 from terselm.data.collection.limits import RollingLimit
 from terselm.data.collection.settings import Api, CollectSettings, LogProbSettings, PromptTemplate
 from terselm.data.collection.status import status
@@ -345,3 +345,37 @@ def test_a_request_larger_than_the_limit(tmp_path: Path, endpoint: str) -> None:
     given: CollectSettings = settings(endpoint, limits={"tokens_per_minute": 30})
     with pytest.raises(ConfigError, match="one request may use up to"):
         gather(instructions(3), tmp_path / "r.jsonl", given)
+
+
+def test_a_full_disk_stops_at_once_and_loses_nothing_that_was_committed(
+    tmp_path: Path, server: Server, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "r.jsonl"
+    prepare = Ledger._prepare
+
+    def small(ledger: Ledger, read_only: bool) -> None:
+        prepare(ledger, read_only)
+        if not read_only:
+            ledger._db.execute("PRAGMA max_page_count=60")  # SQLite then says what it says of a full disk
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "_prepare", small)
+        with pytest.raises(TargetLLMError, match="cannot be used: database or disk is full; what is committed"):
+            collect(instructions(300), out, settings(endpoint))
+    done = status(ledger_of(out))["requests"]["done"]
+    assert 0 < done < 300
+    assert sum(server.answered.values()) <= done + 8
+    summary, records = gather(instructions(300), out, settings(endpoint))
+    assert (summary.reused, summary.records) == (done, 300)
+    assert_right(records)
+
+
+def test_an_endpoint_that_does_not_count_tokens_is_charged_at_most(
+    tmp_path: Path, server: Server, endpoint: str
+) -> None:
+    server.handle = fine
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("m: {input: 1000, output: 5000}\n")
+    summary, _ = gather(instructions(50), tmp_path / "r.jsonl", settings(endpoint), prices=prices, max_cost=1.0)
+    assert 0.8 < summary.cost <= 1.0
+    assert 0 < summary.records < 50

@@ -48,6 +48,8 @@ def collect(
         _print(_status(out))
         return
     settings = _settings(config, {"endpoint": endpoint, "model": model}, overrides or [])
+    if pilot and not estimate:
+        raise ConfigError("--pilot is for --estimate; leave it out, or add that")
     if instructions is None:
         raise ConfigError("no instructions; name a file or a data set with --instructions")
     options = Options(
