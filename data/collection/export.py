@@ -117,6 +117,5 @@ def _all_done(ledger: Ledger, requests: Sequence[Request], settings: CollectSett
     states = ledger.states()
     if any(states[request.id] is State.WAITING for request in requests):
         return False
-    return not (
-        settings.logprobs.keep and unscored(ledger, [request.id for request in requests], settings.logprobs.top_k)
-    )
+    names = [request.id for request in requests]
+    return not (settings.logprobs.keep and unscored(ledger, names, settings.logprobs.top_k))

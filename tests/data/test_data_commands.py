@@ -76,13 +76,8 @@ def test_a_split_keeps_instructions_together(alpaca: Path, tmp_path: Path) -> No
 
 def test_instructions_are_cleaned(tmp_path: Path) -> None:
     words = "the quick brown fox jumps over the lazy dog while nine old men watch it from a bench"
-    rows = [
-        words,
-        words + " now",
-        "Entirely different, and short.",
-        words.upper() + "?",
-        "Entirely different, and short.",
-    ]
+    short = "Entirely different, and short."
+    rows = [words, words + " now", short, words.upper() + "?", short]
     source = tmp_path / "ask.jsonl"
     source.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
     (tmp_path / "bench.txt").write_text(words)

@@ -38,7 +38,7 @@ def served(tmp_path: Path) -> Iterator[tuple[str, str]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "bfloat16"]
-    command = [sys.executable, "-c", SERVE, "serve", model, *options, "--continuous-batching"]
+    command = [sys.executable, "-c", SERVE, "serve", model, *options]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     with (tmp_path / "server.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
