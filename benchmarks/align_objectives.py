@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=100, help="held-out texts a domain")
     parser.add_argument("--minutes", type=float, default=8.0, help="after which no further variant begins")
     parser.add_argument("--row-length", type=int, default=1024)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/align_objectives.json"))
     options = parser.parse_args()
     quieten_libraries()

@@ -2,9 +2,11 @@
 
     python benchmarks/train_vs_trl.py --records FILE.jsonl --tokenizer FOLDER --out benchmarks/results/train_vs_trl.json
 
-Each measurement is a process of its own. ``--trl-path`` is a folder with TRL (and Liger), if it is not installed:
-``pip install --no-deps --target FOLDER trl==1.16.0 liger-kernel``. Weights are random, which changes no speed. TRL is
-tried in several stock settings (packing, Liger's layer kernels, rows at once); its best counts.
+Each measurement is a process of its own, which reads the data while the one before it still has the GPU. ``--trl-path``
+is a folder with TRL (and Liger), if it is not installed: ``pip install --no-deps --target FOLDER trl==1.16.0
+liger-kernel``. Weights are random, which changes no speed. TRL is tried in several stock settings (rows at once,
+Liger's layer kernels); its best counts. Its packing ``wrapped`` is shown besides: it cuts records anywhere and lets
+them attend to each other, so it trains something else.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from training_speed.corpus import examples, write
 from training_speed.shapes import SHAPES
 
 from terselm.files import atomic_file
@@ -29,23 +31,43 @@ HERE = Path(__file__).parent / "training_speed"
 Flags = list[str]
 
 OURS: dict[str, list[Flags]] = {
-    "135m": [["--rows", "32", "--compile", "--steps", "40"], ["--rows", "32"]],
+    "135m": [["--rows", "64", "--compile", "--steps", "40"]],
     "1.1b": [["--rows", "16", "--compile", "--steps", "30"]],
     "7b": [["--rows", "8", "--compile", "--steps", "20"]],
     "tiny": [["--rows", "2", "--length", "256", "--steps", "10"]],
 }
-THEIRS: dict[str, list[Flags]] = {
+THEIRS: dict[str, list[Flags]] = {  # the one that is likely the best comes first
     "135m": [
+        ["--rows", "4", "--liger"],
+        ["--rows", "2", "--liger"],
         ["--rows", "8", "--liger"],
-        ["--rows", "16", "--liger"],
-        ["--rows", "32", "--liger"],
-        ["--rows", "16"],
-        ["--rows", "64", "--packing", "none", "--liger"],
+        ["--rows", "16", "--liger", "--packing", "wrapped"],
     ],
-    "1.1b": [["--rows", "4", "--liger"], ["--rows", "8", "--liger"], ["--rows", "16", "--liger"]],
-    "7b": [["--rows", "4", "--liger"], ["--rows", "2", "--liger"], ["--rows", "4", "--liger", "--checkpointing"]],
-    "tiny": [["--rows", "2", "--length", "256", "--steps", "5", "--device", "cpu"]],
+    "1.1b": [["--rows", "4", "--liger"], ["--rows", "2", "--liger"]],
+    "7b": [["--rows", "4", "--liger"], ["--rows", "2", "--liger"]],
+    "tiny": [["--rows", "2", "--length", "256", "--steps", "6", "--device", "cpu"]],
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One process to be."""
+
+    side: str
+    shape: str
+    flags: Flags
+
+
+def plan(shapes: list[str], sides: list[str]) -> list[Measurement]:
+    """Everything once before anything is tried in other settings."""
+    flags = {"ours": OURS, "TRL": THEIRS}
+    found = [
+        (place, Measurement(side=side, shape=shape, flags=some))
+        for shape in shapes
+        for side in sides
+        for place, some in enumerate(flags[side][shape])
+    ]
+    return [measurement for _, measurement in sorted(found, key=lambda pair: pair[0] > 0)]
 
 
 def main() -> None:
@@ -61,57 +83,65 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     deadline = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as scratch:
-        for shape in options.shapes:
-            prepared = prepare(Path(scratch), shape, options)
-            for side, all_flags in (("ours", OURS[shape]), ("TRL", THEIRS[shape])):
-                for flags in all_flags if side in options.sides else []:
-                    if time.monotonic() < deadline:
-                        runs.append(measure(side, shape, flags, prepared, options))
-            save(runs, options)
+        todo = plan(options.shapes, options.sides)
+        waiting = Process(todo[0], Path(scratch), options)
+        for following in [*todo[1:], None]:
+            current = waiting
+            if following is not None:
+                waiting = Process(following, Path(scratch), options)
+            if time.monotonic() < deadline:
+                runs.append(current.finish())
+                save(runs, options)
+            else:
+                current.stop()
     print_table(runs)
 
 
-def prepare(scratch: Path, shape: str, options: argparse.Namespace) -> Path:
-    """A folder with the token ids and the tokenizer, for TRL's side."""
-    from transformers import AutoTokenizer
+class Process:
+    """A measurement that waits for its turn on the GPU."""
 
-    folder = scratch / shape
-    folder.mkdir()
-    length = 256 if shape == "tiny" else 1024
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    found = examples(options.records, tokenizer, row_length=length, vocabulary=SHAPES[shape]["vocab_size"])
-    write(folder / "examples.jsonl", found)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    return folder
-
-
-def measure(side: str, shape: str, flags: Flags, prepared: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One process; what went wrong in it is part of the result."""
-    out = prepared / "result.json"
-    out.unlink(missing_ok=True)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if side == "ours":
-        command = ["ours.py", "--records", str(options.records), "--tokenizer", str(options.tokenizer)]
-    else:
-        command = ["theirs.py", "--examples", str(prepared / "examples.jsonl")]
-        if options.trl_path is not None:
+    def __init__(self, measurement: Measurement, scratch: Path, options: argparse.Namespace) -> None:
+        self._measurement = measurement
+        name = "-".join([measurement.side, measurement.shape, *measurement.flags]).replace("--", "")
+        self._out = scratch / f"{name}.json"
+        self._log = scratch / f"{name}.log"
+        script = "ours.py" if measurement.side == "ours" else "theirs.py"
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if measurement.side == "TRL" and options.trl_path is not None:
             environment["PYTHONPATH"] = os.pathsep.join([str(options.trl_path), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(HERE / command[0]), *command[1:], "--shape", shape, "--out", str(out), *flags]
-    print(f"{shape}, {side} {' '.join(flags)}:", file=sys.stderr, flush=True)
-    started = time.monotonic()
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-        problem = done.stderr[-2000:]
-    except subprocess.TimeoutExpired:
-        problem = "took longer than four minutes"
-    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"error": problem}
-    rate = f"{found['tokens_per_second']:,.0f} tokens/s" if "error" not in found else f"failed: {problem[-500:]}"
-    print(f"  {rate} ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
-    return {"shape": shape, "side": side, "flags": flags, **found}
+        command = [sys.executable, str(HERE / script), "--records", str(options.records)]
+        command += ["--tokenizer", str(options.tokenizer), "--shape", measurement.shape, "--out", str(self._out)]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [*command, *measurement.flags], env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
+            )
+
+    def finish(self) -> dict[str, Any]:
+        """Its result; what went wrong is a result too."""
+        known = asdict(self._measurement)
+        print(" ".join([known["shape"], known["side"], *known["flags"]]), end=": ", file=sys.stderr, flush=True)
+        started = time.monotonic()
+        try:
+            self._process.communicate(b"go\n", timeout=240)
+        except subprocess.TimeoutExpired:
+            self.stop()
+        if self._out.is_file():
+            found: dict[str, Any] = json.loads(self._out.read_text(encoding="utf-8"))
+            outcome = f"{found['tokens_per_second']:,.0f} tokens/s"
+        else:
+            found = {"error": self._log.read_text(encoding="utf-8", errors="replace")[-2000:]}
+            outcome = f"failed: {found['error'][-500:]}"
+        print(f"{outcome} ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
+        return {**known, **found}
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.communicate()
 
 
 def best(runs: list[dict[str, Any]], shape: str, side: str) -> dict[str, Any] | None:
     found = [run for run in runs if (run["shape"], run["side"]) == (shape, side) and "error" not in run]
+    found = [run for run in found if "wrapped" not in run["flags"]]
     return max(found, key=lambda run: float(run["tokens_per_second"]), default=None)
 
 
@@ -153,6 +183,9 @@ def print_table(runs: list[dict[str, Any]]) -> None:
         cells.append(f"{theirs['memory_gib']:.0f} GiB" if theirs and theirs["memory_gib"] else "")
         cells.append(f"{ours['tokens_per_second'] / theirs['tokens_per_second']:.1f}" if ours and theirs else "")
         print("| " + " | ".join(cells) + " |")
+        for run in runs:
+            if run["shape"] == shape and "wrapped" in run["flags"] and "error" not in run:
+                print(f"{shape}: TRL with packing across records: {run['tokens_per_second']:,.0f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from terselm.data.formats import Format, Reader, detect_format, record_to_object
-from terselm.data.jsonl import dump_object, read_objects
+from terselm.data.jsonl import dump_object
 from terselm.data.schema import (
     Generation,
     Message,
@@ -36,20 +36,22 @@ __all__ = [
 
 
 def read_records(path: Path | str, format: Format | None = None) -> Iterator[Record]:
-    """Read the records of a JSON Lines file, in order; keys that the format does not name are passed over.
+    """Read the records of a source, in order; keys that the format does not name are passed over.
 
     Args:
-        path: the file.
-        format: its format; by default told from the keys of the first line.
+        path: a file, a folder or a hub id, as `read_rows` takes it.
+        format: its format; by default told from the keys of the first row.
 
     Raises:
+        ConfigError: the data set cannot be had.
         DataFormatError: no such file, no records in it, or a bad line: broken JSON, a missing key, a wrong type, an
             empty text, an unknown role, an id that came before.
     """
-    path = Path(path)
+    from terselm.data.sources.rows import read_rows  # whose package reads records itself
+
     reader: Reader | None = None
     lines: dict[str, int] = {}
-    for number, value in read_objects(path):
+    for number, value in read_rows(str(path)):
         try:
             reader = reader or Reader(format or detect_format(value))
             record = reader.record(value)
@@ -92,21 +94,24 @@ def split_by_instruction(records: Iterable[Record], held_out: float, seed: int) 
     if not 0 <= held_out < 1:
         raise ConfigError(f"held_out is {held_out}; expected a share of at least 0 and below 1")
     sides: tuple[list[Record], list[Record]] = ([], [])
-    prompts = set()
     for record in records:
         prompt = prompt_hash(record.messages)
-        prompts.add(prompt)
-        sides[_uniform(prompt, seed) < held_out].append(record)
-    if not sides[0] or (held_out > 0 and not sides[1]):
-        empty = "held-out" if sides[0] else "training"
-        raise ConfigError(
-            f"held_out={held_out} with seed {seed} leaves no {empty} records out of {len(prompts)} distinct prompts; "
-            "change held_out or add prompts"
-        )
+        sides[is_held_out(prompt, held_out, seed)].append(record)
+    refuse_empty_side(len(sides[0]), len(sides[1]), held_out, seed)
     return sides
 
 
-def _uniform(prompt: str, seed: int) -> float:
-    """A number in [0, 1) that is fixed by its arguments."""
+def is_held_out(prompt: str, held_out: float, seed: int) -> bool:
+    """The side of a prompt, by its hash, as `split_by_instruction` decides it."""
     digest = hashlib.sha256(f"{seed}:{prompt}".encode()).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
+    return int.from_bytes(digest[:6], "big") / 2**48 < held_out
+
+
+def refuse_empty_side(training: int, held_out_records: int, held_out: float, seed: int) -> None:
+    """Raise ConfigError if a side of the split holds no records."""
+    if not training or (held_out > 0 and not held_out_records):
+        empty = "held-out" if training else "training"
+        raise ConfigError(
+            f"held_out={held_out} with seed {seed} leaves no {empty} records out of {training + held_out_records}; "
+            "change held_out or add prompts"
+        )

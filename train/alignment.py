@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from terselm.config import dump_config
-from terselm.errors import DataFormatError, TrainingError
+from terselm.errors import TrainingError
 from terselm.models import load_tokenizer
 from terselm.train.config import AlignConfig
 from terselm.train.dry_run import estimate
@@ -20,13 +20,13 @@ from terselm.train.gathering import gather_trained
 from terselm.train.hardware import join_processes, share_out_cores
 from terselm.train.lora import save_adapter
 from terselm.train.progress import quieten_libraries, say
-from terselm.train.provenance import file_sha256
 from terselm.train.report.reading import write_texts
 from terselm.train.report.report import REPORT, Measurement, report_target, write_report
 from terselm.train.report.text import sentence
 from terselm.train.run import Run, prepare
 from terselm.train.run_folder import RunFolder, run_key
 from terselm.train.saving import clear_disk_errors
+from terselm.train.sources import combined, read_sources
 from terselm.train.trainer import AlignmentTrainer
 
 if TYPE_CHECKING:
@@ -48,13 +48,14 @@ def align(config: AlignConfig, *, resume: bool = True, dry_run: bool = False) ->
     """
     quieten_libraries()
     share_out_cores()
-    data_sha256 = _data_sha256(Path(config.data.records))
+    sources = read_sources(config.data)
+    data_sha256 = combined(sources)
     folder = RunFolder(Path(config.run_dir), run_key(dump_config(config), data_sha256))
     finished = folder.is_finished()
     state = join_processes()
     tell = say if state.is_main_process else _stay_silent
     if dry_run:
-        tell(str(estimate(prepare(config, folder, state))))
+        tell(str(estimate(prepare(config, folder, state, sources))))
         return folder
     target = report_target(config)
     if finished:
@@ -64,7 +65,7 @@ def align(config: AlignConfig, *, resume: bool = True, dry_run: bool = False) ->
         return folder
     if target is not None and state.is_main_process:
         load_tokenizer(target)  # better to know now than after the training
-    while not _attempt(prepare(config, folder, state), data_sha256, tell, resume=resume):
+    while not _attempt(prepare(config, folder, state, sources), data_sha256, tell, resume=resume):
         tell("out of memory: going on with smaller passes")
         resume = True
     if state.is_main_process:
@@ -171,13 +172,6 @@ def _conclusion(metrics: dict[str, Any], folder: RunFolder) -> str:
         f"{training['tokens_seen']:,} tokens at {training['tokens_per_second']:,.0f} tokens/s, "
         f"{metrics['seconds']:.0f} s in all; adapter in {folder.adapter}"
     )
-
-
-def _data_sha256(path: Path) -> str:
-    try:
-        return file_sha256(path)
-    except OSError as error:
-        raise DataFormatError(path, None, f"cannot be read: {error.strerror}") from None
 
 
 def _stay_silent(_: str) -> None:

@@ -68,7 +68,10 @@ class DataSettings:
     """What is learnt from, and what is held out."""
 
     records: str = "data/sample/records.jsonl"
-    """JSON Lines file with the target's output."""
+    """The target's output: a JSON Lines, Parquet, JSON or CSV file, a folder of a data set, or ``hub:OWNER/NAME``."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """In place of ``records``: sources, and how often an epoch sees each of their records. 2 is twice; 0.5 is half of
+    them, drawn once."""
     max_length: int = 1024
     """Tokens in a packed row, the start token of each record included."""
     overlong: Overlong = Overlong.SPLIT
@@ -76,7 +79,11 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         _refuse(
-            (not self.records.strip(), "data.records is empty; expected a JSON Lines file"),
+            (not self.records.strip(), "data.records is empty; expected a file, a folder or hub:OWNER/NAME"),
+            *(
+                (not 0 < times < 1000, f"data.mixture gives {name!r} the weight {times}; expected 0 to 1000, not 0")
+                for name, times in self.mixture.items()
+            ),
             (self.max_length < 8, f"data.max_length is {self.max_length}; expected at least 8 tokens"),
         )
 
@@ -186,7 +193,7 @@ class EngineSettings:
     """How fast, and in how much memory; changes no result but by rounding."""
 
     compile: bool = False
-    """Compile the decoder layers: about a minute at the start, on GPUs alone; worth it for runs of some minutes."""
+    """Compile the decoder layers: ten to twenty seconds at the start, on GPUs alone; twice as fast after that."""
     recompute: bool = False
     """Recompute each layer's activations in the backward pass: a third slower, in a fraction of the memory."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,29 +18,38 @@ Row = Sequence[Example]
 
 
 def pack(examples: Sequence[Example], capacity: int) -> list[list[Example]]:
+    """The examples of each row, as `pack_lengths` puts them."""
+    return [[examples[place] for place in row] for row in pack_lengths(list(map(len, examples)), capacity)]
+
+
+def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: the longest first, each into the row where it leaves the least room.
 
     Args:
-        examples: none longer than ``capacity``.
+        lengths: none above ``capacity``.
         capacity: tokens in a row.
+
+    Returns:
+        The places of the lengths by row.
 
     Source: D. S. Johnson, Near-optimal bin packing algorithms, MIT 1973: at most 11/9 of the fewest rows, plus 4.
     """
-    rows: list[list[Example]] = []
+    rows: list[list[int]] = []
     rooms: list[int] = []  # the distinct rooms that are left, ascending
-    rows_with: defaultdict[int, list[int]] = defaultdict(list)
-    for example in sorted(examples, key=len, reverse=True):
-        at = bisect_left(rooms, len(example))
+    rows_with: defaultdict[int, deque[int]] = defaultdict(deque)
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        length = lengths[place]
+        at = bisect_left(rooms, length)
         if at < len(rooms):
             room = rooms[at]
-            row = rows_with[room].pop(0)
+            row = rows_with[room].popleft()
             if not rows_with[room]:
                 del rooms[at]
         else:
             room, row = capacity, len(rows)
             rows.append([])
-        rows[row].append(example)
-        room -= len(example)
+        rows[row].append(place)
+        room -= length
         if not rows_with[room]:
             insort(rooms, room)
         rows_with[room].append(row)

@@ -19,6 +19,7 @@ from terselm.train.lora import add_adapter
 from terselm.train.provenance import git_commit
 from terselm.train.run_folder import RunFolder
 from terselm.train.scoring import score_instead_of_logits
+from terselm.train.sources import Source
 from terselm.train.speed import tune
 from terselm.train.texts import Texts, read_texts
 from terselm.train.trainer import AlignmentTrainer, schedule_rows, training_arguments
@@ -99,7 +100,7 @@ class Run:
         """What the result came from, and the loss by step."""
         history = self.trainer.state.log_history
         return {
-            "data": {"records": self.config.data.records, "sha256": data_sha256, **self.texts.describe()},
+            "data": {**self._sources(), "sha256": data_sha256, **self.texts.describe()},
             "compute": {**self.compute, "rows_per_pass": self.rows_per_pass},
             "versions": describe_versions(),
             "hardware": describe_hardware(),
@@ -107,6 +108,12 @@ class Run:
             "loss_history": [entry for entry in history if "loss" in entry],
             "choice_history": [entry for entry in history if MEASURE in entry],
         }
+
+    def _sources(self) -> dict[str, Any]:
+        mixture = self.config.data.mixture
+        return (
+            {"records": " + ".join(mixture), "mixture": mixture} if mixture else {"records": self.config.data.records}
+        )
 
     def introduction(self) -> str:
         data, compute = self.texts.describe(), self.compute
@@ -133,14 +140,14 @@ class Run:
         return "\n".join(lines)
 
 
-def prepare(config: AlignConfig, folder: RunFolder, state: PartialState) -> Run:
+def prepare(config: AlignConfig, folder: RunFolder, state: PartialState, sources: list[Source]) -> Run:
     """Load, read and build; writes nothing."""
     from accelerate.utils import set_seed
 
     precision = pick_precision(config.dtype, state.device)
     dtype = str(precision).removeprefix("torch.")
     lm = load_causal_lm(config.model, device=str(state.device), dtype=dtype)
-    texts = read_texts(config, lm)
+    texts = read_texts(config, lm, sources)
     schedule = schedule_rows(texts.rows, config)
     arguments = training_arguments(config, folder, rows=len(schedule), processes=state.num_processes)
     score_instead_of_logits(lm.model, autocast=None if precision == torch.float32 else precision)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from terselm.data.records import read_records
 from terselm.train.config import LossOn, Overlong, Template
@@ -29,9 +27,6 @@ def examples(records: Path, tokenizer: Any, *, row_length: int, vocabulary: int)
     return [replace(example, ids=example.ids % vocabulary) for example in encoded.examples]
 
 
-def write(path: Path, found: list[Example]) -> None:
-    """As JSON Lines that TRL's side reads without our code."""
-    with path.open("w", encoding="utf-8") as file:
-        for example in found:
-            mask = np.asarray(example.counted, dtype=int)
-            file.write(json.dumps({"input_ids": example.ids.tolist(), "completion_mask": mask.tolist()}) + "\n")
+def wait_for_turn() -> None:
+    """Until the process before this one has left the GPU: its parent then writes a line."""
+    sys.stdin.readline()

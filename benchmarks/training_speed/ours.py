@@ -1,6 +1,6 @@
 """Our side, in a process of its own: the trainer that `train/align.py` runs, on a model with random weights.
 
-python benchmarks/training_speed/ours.py --shape 135m --records FILE.jsonl --tokenizer FOLDER --out FILE.json
+python benchmarks/training_speed/ours.py --shape 135m --records FILE.jsonl --tokenizer FOLDER --out FILE.json <<< go
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from accelerate import PartialState
-from training_speed.corpus import examples
+from training_speed.corpus import examples, wait_for_turn
 from training_speed.shapes import SHAPES, build
 
 from terselm.train.config import (
@@ -57,8 +57,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Real tokens per second after the first steps, which compile and warm up."""
     from transformers import AutoTokenizer
 
-    device = PartialState().device
-    lm = build(options.shape, device)
     found = examples(
         options.records,
         AutoTokenizer.from_pretrained(options.tokenizer),
@@ -66,6 +64,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         vocabulary=SHAPES[options.shape]["vocab_size"],
     )
     rows = pack(found, options.length)
+    wait_for_turn()
+    device = PartialState().device
+    lm = build(options.shape, device)
     config = AlignConfig(
         data=DataSettings(max_length=options.length),
         lora=LoraSettings(rank=16, alpha=32),

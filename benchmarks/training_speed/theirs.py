@@ -1,6 +1,6 @@
 """TRL's side, in a process of its own: best-fit packing, LoRA, bfloat16, with and without Liger's layer kernels.
 
-python benchmarks/training_speed/theirs.py --shape 135m --examples FILE.jsonl --out FILE.json
+python benchmarks/training_speed/theirs.py --shape 135m --records FILE.jsonl --tokenizer FOLDER --out FILE.json <<< go
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from training_speed.shapes import build
+from training_speed.corpus import examples, wait_for_turn
+from training_speed.shapes import SHAPES, build
 from transformers import TrainerCallback
 
 SETTINGS = ("rows", "length", "liger", "packing", "attention", "checkpointing")
@@ -37,12 +38,13 @@ class StepTimes(TrainerCallback):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", required=True)
-    parser.add_argument("--examples", type=Path, required=True)
+    parser.add_argument("--records", type=Path, required=True)
+    parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=8, help="packed rows at once")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--liger", action="store_true")
     parser.add_argument("--packing", choices=["bfd", "wrapped", "none"], default="bfd")
     parser.add_argument("--attention", default="sdpa")
@@ -54,16 +56,21 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Real tokens per second after the first three steps."""
+    """Real tokens per second in the second half of the steps, as on our side."""
     from datasets import Dataset
     from peft import LoraConfig
+    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    vocabulary = SHAPES[options.shape]["vocab_size"]
+    found = examples(options.records, tokenizer, row_length=options.length, vocabulary=vocabulary)
+    rows = [{"input_ids": e.ids.tolist(), "completion_mask": e.counted.astype(int).tolist()} for e in found]
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # it wants one, though all are ids already
+    wait_for_turn()
     device = torch.device(options.device)
     lm = build(options.shape, device)
     lm.set_attn_implementation(options.attention)
-    with options.examples.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
     times = StepTimes()
     arguments = SFTConfig(
         output_dir=tempfile.mkdtemp(),
@@ -88,16 +95,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         model=lm,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
-        processing_class=_Tokenizer.load(options),
+        processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[times],
     )
     tokens = _count_tokens(trainer)
     trainer.train()
-    warm = min(3, len(times.ends) - 1)
+    warm = len(times.ends) // 2
     seconds = times.ends[-1] - times.ends[warm - 1]
     return {
-        "tokens_per_second": sum(tokens[warm:]) / seconds,
+        "tokens_per_second": sum(tokens[warm : len(times.ends)]) / seconds,
         "steps": len(times.ends),
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
         "settings": {
@@ -105,19 +112,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for name in ("rows", "length", "liger", "packing", "attention", "checkpointing")
         },
     }
-
-
-class _Tokenizer:
-    """The examples are token ids already; the trainer wants a tokenizer all the same."""
-
-    @staticmethod
-    def load(options: argparse.Namespace) -> Any:
-        from transformers import AutoTokenizer
-
-        folder = options.examples.with_name("tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        return tokenizer
 
 
 def _count_tokens(trainer: Any) -> list[int]:
