@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from terselm.compress.counter import Count, resolve_counter
 from terselm.compress.fit import BudgetFit, fit_all
 from terselm.compress.itpc import IterativeCompression
 from terselm.compress.job import Job, decide
+from terselm.compress.messages import ChatResult, compress_chat
 from terselm.compress.prepare import Preparer
 from terselm.compress.prompt import Part, Prompt
 from terselm.compress.protect import Keep, compile_keep
@@ -22,7 +24,7 @@ from terselm.compress.reader import Reader
 from terselm.compress.result import CompressionResult
 from terselm.compress.settings import CompressionSettings, Order, Selection
 from terselm.compress.surprisal import SurprisalEngine
-from terselm.compress.target import targets
+from terselm.compress.target import Target, targets
 from terselm.compress.units import Ints
 from terselm.models import CausalLM, load_causal_lm
 
@@ -88,6 +90,29 @@ class PromptCompressor:
     ) -> CompressionResult:
         """Compress a text that has no parts: it is treated as one demonstration."""
         return self.compress(demonstrations=[text], budget=budget, rate=rate, keep=keep, counter=counter)
+
+    def compress_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        budget: int | None = None,
+        rate: float | None = None,
+        keep: Sequence[Keep] = (),
+        counter: Count | str | None = None,
+    ) -> ChatResult:
+        """Compress chat messages in OpenAI's form; roles, names, tool calls and attachments stay as they are.
+
+        The system's first message is the instruction, the user's last one the question, each turn between them a
+        demonstration. See `compress_batch` for the arguments; the budget is for all texts together.
+        """
+        Target(budget=budget, rate=rate)
+        count = resolve_counter(counter) or self._preparer.count
+
+        def compress(prompt: Prompt, tokens: int) -> CompressionResult:
+            own = None if counter is None else count
+            return self.compress_batch([prompt], budget=tokens, keep=keep, counter=own)[0]
+
+        return compress_chat(messages, compress, count, budget=budget, rate=rate)
 
     def compress_batch(
         self,

@@ -34,7 +34,7 @@ class Preparer:
 
     def __init__(self, lm: CausalLM, settings: CompressionSettings) -> None:
         self._settings = settings
-        self._count = TokenizerCounter(lm.tokenizer)
+        self.count = TokenizerCounter(lm.tokenizer)
         self._separator_ids: list[int] = self._tokenize([settings.separator])[0].ids.tolist()
         rates = {Part.INSTRUCTION: settings.instruction_rate, Part.QUESTION: settings.question_rate}
         self._protected_parts = [part for part, rate in rates.items() if rate == 1]
@@ -57,7 +57,7 @@ class Preparer:
         """
         units = self._cut([piece for prompt in prompts for piece in prompt.pieces()])
         layouts = [self._layout(prompt, units, patterns) for prompt in prompts]
-        count = counter or self._count
+        count = counter or self.count
         originals = count_all(count, [layout.text(np.ones(len(layout), dtype=bool)) for layout in layouts])
         jobs = []
         for prompt, layout, target, original in zip(prompts, layouts, targets, originals, strict=True):
@@ -160,7 +160,7 @@ class Preparer:
     def _tokenize(self, texts: Sequence[str]) -> list[Units]:
         if not texts:
             return []
-        encodings = self._count.backend.encode_batch(list(texts), add_special_tokens=False)
+        encodings = self.count.backend.encode_batch(list(texts), add_special_tokens=False)
         return [
             cut_units(encoding.ids, encoding.offsets, text) for encoding, text in zip(encodings, texts, strict=True)
         ]

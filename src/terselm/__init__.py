@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from terselm.compress.compressor import PromptCompressor
+    from terselm.compress.messages import ChatResult
     from terselm.compress.prompt import Prompt
     from terselm.compress.result import CompressionResult, TokenDecision
     from terselm.compress.settings import CompressionSettings
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChatResult",
     "CompressionResult",
     "CompressionSettings",
     "Prompt",
@@ -28,6 +30,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "ChatResult": "terselm.compress.messages",
     "CompressionResult": "terselm.compress.result",
     "CompressionSettings": "terselm.compress.settings",
     "Prompt": "terselm.compress.prompt",
