@@ -2,7 +2,7 @@
 
     python benchmarks/collect_endpoint.py --out benchmarks/results/collect_endpoint.json
 
-A server in a process of its own answers after a second (memory) or after 0.2 to 1 s (limit), and notes when each
+A server in a process of its own answers after five seconds (memory) or after 0.2 to 1 s (limit), and notes when each
 request arrived and what it used. Five minutes.
 """
 
@@ -27,6 +27,7 @@ from typing import Any
 from terselm.files import atomic_file
 
 IN_FLIGHT = 500
+LATENCY = 5.0  # seconds
 PER_MINUTE = 60_000
 MINUTES = 4
 
@@ -56,9 +57,9 @@ def main() -> None:
 def memory() -> dict[str, Any]:
     """Prompts of 2,000 characters and answers of 2,000, as many in flight as allowed from the first second on."""
     limits = [f"limits.concurrency={IN_FLIGHT}"]
-    run = collect(5000, "word " * 400, (1.0, 1.0), limits)
+    run = collect(5000, "word " * 400, (LATENCY, LATENCY), limits)
     arrived = sorted(when for when, _ in run["notes"])
-    in_flight = max(bisect_left(arrived, when + 1.0) - index for index, when in enumerate(arrived))
+    in_flight = max(bisect_left(arrived, when + LATENCY) - index for index, when in enumerate(arrived))
     return {
         "requests": 5000,
         "most_in_flight": in_flight,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from terselm.data.collection.failures import Failure, Reason, masked, no_answer, of_status
-from terselm.data.collection.settings import Api, CollectSettings
+from terselm.data.collection.settings import CollectSettings
 from terselm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,16 +72,15 @@ class Client:
         self._settings = settings
         self.sdk = _sdk(settings, key)
 
-    async def ask(self, body: dict[str, Any], *, plain: bool | None = None) -> bytes:
+    async def ask(self, body: dict[str, Any], *, plain: bool) -> bytes:
         """Send one request and return the response as it came, without the key.
 
         Args:
-            plain: ask ``/completions``; by default what the settings say.
+            plain: ask ``/completions``.
 
         Raises:
             AskError: saying what went wrong, in the endpoint's words.
         """
-        plain = self._settings.api is Api.COMPLETIONS if plain is None else plain
         make = self.sdk.completions.with_raw_response if plain else self.sdk.chat.completions.with_raw_response
         known = {"model", "messages", "prompt"}
         asked = {name: value for name, value in body.items() if name in known}

@@ -23,6 +23,7 @@ from terselm.files import remove_partials
 from terselm.models.process import Process, current_process
 
 if TYPE_CHECKING:
+    from terselm.data.collection.remote import Remote
     from terselm.models import CausalLM
 
 __all__ = ["CollectSummary", "Options", "ask", "collect", "open_ledger", "register", "still_waiting"]
@@ -162,6 +163,24 @@ def _of_rank(out: Path, rank: int) -> Path:
     return out if rank == 0 else out.with_name(f"{out.name}.rank{rank}")
 
 
+def remote_of(settings: CollectSettings, options: Options) -> Remote:
+    """The endpoint, its key and its prices.
+
+    Raises:
+        ConfigError: the key or the price table cannot be read.
+    """
+    from terselm.data.collection.client import read_key
+    from terselm.data.collection.remote import Remote
+
+    return Remote(
+        settings=settings,
+        key=read_key(settings, options.key_file),
+        price=read_price(options.prices, settings.target) if options.prices else FREE,
+        max_cost=options.max_cost,
+        max_requests=options.max_requests,
+    )
+
+
 def _ask_remote(
     pending: Sequence[Request],
     ledger: Ledger,
@@ -169,23 +188,20 @@ def _ask_remote(
     options: Options,
     progress: Progress,
 ) -> str | None:
-    from terselm.data.collection.client import read_key
-    from terselm.data.collection.remote import Remote, ask_all
+    from terselm.data.collection.judge import versions
+    from terselm.data.collection.remote import ask_all
+    from terselm.data.collection.tasks import AnswerTask
 
-    remote = Remote(
-        settings=settings,
-        key=read_key(settings, options.key_file),
-        price=read_price(options.prices, settings.target) if options.prices else FREE,
-        max_cost=options.max_cost,
-        max_requests=options.max_requests,
-    )
+    remote = remote_of(settings, options)
     if not pending:
         return None
     if options.batch:
         from terselm.data.collection.batch import ask_in_batches
 
         return ask_in_batches(remote, ledger, pending, progress)
-    return ask_all(remote, ledger, pending, progress)
+    made_by = versions("openai")
+    tasks = [AnswerTask(request=request, settings=settings, versions=made_by) for request in pending]
+    return ask_all(remote, ledger, tasks, progress)
 
 
 def _ask_local(

@@ -14,15 +14,13 @@ from terselm.data.collection.commits import Commits
 from terselm.data.collection.entries import Intent, Outcome
 from terselm.data.collection.failures import Failure, Reason, Then, no_answer
 from terselm.data.collection.interrupts import on_interrupt
-from terselm.data.collection.judge import versions
 from terselm.data.collection.ledger import Ledger
 from terselm.data.collection.money import FREE, Price, SpentError
-from terselm.data.collection.plan import Request, remote_body
 from terselm.data.collection.progress import Progress
-from terselm.data.collection.responses import parse_response
 from terselm.data.collection.settings import CollectSettings
 from terselm.data.collection.sizes import PromptSizes
-from terselm.data.collection.verdicts import answered, failed
+from terselm.data.collection.tasks import Task
+from terselm.data.collection.verdicts import failed
 from terselm.errors import ConfigError, TerseLMError
 
 if TYPE_CHECKING:
@@ -43,7 +41,7 @@ class Remote:
     max_requests: int | None = None
 
 
-def ask_all(remote: Remote, ledger: Ledger, pending: Sequence[Request], progress: Progress) -> str | None:
+def ask_all(remote: Remote, ledger: Ledger, tasks: Sequence[Task], progress: Progress) -> str | None:
     """Ask until each request is answered or given up; return why it stopped before that, if it did.
 
     An interrupt (Ctrl-C, SIGTERM) sends nothing more and waits for the answers that are on their way.
@@ -58,7 +56,7 @@ def ask_all(remote: Remote, ledger: Ledger, pending: Sequence[Request], progress
         raise ConfigError("endpoints need the tenacity package; run: pip install 'terselm[collect]'") from None
 
     async def ask() -> str | None:
-        return await _Run(remote, ledger, progress).ask(pending)
+        return await _Run(remote, ledger, progress).ask(tasks)
 
     return asyncio.run(ask())
 
@@ -72,16 +70,15 @@ class _Run:
         self.commits = Commits(ledger)
         self.sizes = PromptSizes()
         self.attempts = ledger.attempts()
-        self.versions = versions("openai")
         self.error: TerseLMError | None = None
 
-    async def ask(self, pending: Sequence[Request]) -> str | None:
-        queue = iter(pending)
+    async def ask(self, tasks: Sequence[Task]) -> str | None:
+        queue = iter(tasks)
         async with Client(self.settings, self.remote.key) as client:
             try:
                 with on_interrupt(lambda: self.gate.stop("interrupted")):
                     async with asyncio.TaskGroup() as group:
-                        for _ in range(min(self.settings.limits.concurrency, len(pending))):
+                        for _ in range(min(self.settings.limits.concurrency, len(tasks))):
                             group.create_task(self._work(client, queue))
             finally:
                 await self.commits.close()
@@ -89,10 +86,10 @@ class _Run:
             raise self.error
         return self.gate.why
 
-    async def _work(self, client: Client, queue: Iterator[Request]) -> None:
-        for request in queue:
+    async def _work(self, client: Client, queue: Iterator[Task]) -> None:
+        for task in queue:
             try:
-                await self._until_answered(client, request)
+                await self._until_answered(client, task)
             except SpentError as spent:  # what others have set aside may still be sent
                 self.gate.why = self.gate.why or str(spent)
                 return
@@ -104,7 +101,7 @@ class _Run:
             if self.gate.is_stopped:
                 return
 
-    async def _until_answered(self, client: Client, request: Request) -> None:
+    async def _until_answered(self, client: Client, task: Task) -> None:
         import tenacity
 
         tries = self.settings.limits.retries + 1
@@ -118,54 +115,45 @@ class _Run:
         with suppress(AskError):  # the ledger has it
             async for attempt in retrying:
                 with attempt:
-                    await self._attempt(client, request, last=attempt.retry_state.attempt_number == tries)
+                    await self._attempt(client, task, last=attempt.retry_state.attempt_number == tries)
 
-    async def _attempt(self, client: Client, request: Request, last: bool) -> None:
+    async def _attempt(self, client: Client, task: Task, last: bool) -> None:
         """Send a request once, commit what came of it, and raise AskError where that was no answer."""
-        intent = self._intent(request)
+        intent = self._intent(task)
         async with self.gate.ticket(intent) as ticket:
             await self.commits.commit(lambda: self.ledger.begin([intent]))
-            self.attempts[request.id] = intent.number
+            self.attempts[task.id] = intent.number
             ticket.sent, ticket.cost = True, intent.bound_cost
             with self.progress.in_flight():
-                raw, failure = await self._send(client, request)
-            outcome = self._outcome(request, intent, raw, failure, last)
+                outcome, failure = await self._send(client, task, intent, last)
             await self.commits.commit(lambda: self.ledger.finish([outcome]))
             self.gate.settle(ticket, outcome, failure)
-        self.sizes.learn(request.instruction.messages, outcome.prompt_tokens or 0)
+        task.learn(self.sizes, outcome.prompt_tokens or 0)
         self.progress.update(outcome)
         if failure is not None:
             if failure.then is Then.STOP:
                 self.gate.stop(f"the endpoint refuses every request ({failure.message})")
             raise AskError(failure)
 
-    def _intent(self, request: Request) -> Intent:
-        prompt, most = self.sizes.bound(request.instruction.messages), self.settings.max_new_tokens
+    def _intent(self, task: Task) -> Intent:
+        prompt, completion = task.bounds(self.sizes)
         return Intent(
-            request=request.id,
-            number=self.attempts.get(request.id, 0) + 1,
-            bound_tokens=prompt + most,
-            bound_cost=self.remote.price.cost(prompt, most),
+            request=task.id,
+            number=self.attempts.get(task.id, 0) + 1,
+            bound_tokens=prompt + completion,
+            bound_cost=self.remote.price.cost(prompt, completion),
         )
 
-    async def _send(self, client: Client, request: Request) -> tuple[bytes | None, Failure | None]:
+    async def _send(self, client: Client, task: Task, intent: Intent, last: bool) -> tuple[Outcome, Failure | None]:
         raw = None
         try:
-            raw = await client.ask(remote_body(request, self.settings.api))
-            parse_response(raw)
+            raw = await client.ask(task.body(), plain=task.plain)
+            return task.outcome(intent, raw, self.remote.price), None
         except AskError as error:
-            return None, error.failure
+            failure = error.failure
         except ValueError as error:
-            return raw, no_answer(Reason.MALFORMED, self.remote.key.mask(str(error)))
-        return raw, None
-
-    def _outcome(
-        self, request: Request, intent: Intent, raw: bytes | None, failure: Failure | None, last: bool
-    ) -> Outcome:
-        if failure is not None:
-            return failed(intent, failure, raw, last=last)
-        assert raw is not None
-        return answered(request, intent, parse_response(raw), raw=raw, price=self.remote.price, versions=self.versions)
+            failure = no_answer(Reason.MALFORMED, self.remote.key.mask(str(error)))
+        return failed(intent, failure, raw, last=last), failure
 
     def _pause(self, state: RetryCallState) -> float:
         """Seconds until the next attempt: what the endpoint asks for, else exponential with full jitter."""

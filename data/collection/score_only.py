@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from terselm.data.collection.client import read_key
-from terselm.data.collection.collect import Options, open_ledger
+from terselm.data.collection.collect import Options, open_ledger, remote_of
+from terselm.data.collection.entries import State
 from terselm.data.collection.ledger import Ledger
-from terselm.data.collection.scores import about, pack, score_all, stored_scores
+from terselm.data.collection.progress import Progress
+from terselm.data.collection.remote import ask_all
+from terselm.data.collection.scores import about, score_all, stored_scores
 from terselm.data.collection.settings import CollectSettings, PromptScores
-from terselm.data.collection.token_scores import echoed_scores, vllm_scores
+from terselm.data.collection.tasks import ScoreTask
+from terselm.data.collection.token_scores import text_scores
 from terselm.data.logprobs import ScoredText, write_logprobs
 from terselm.data.sources import load_texts
 from terselm.data.texts import PlainText
@@ -30,11 +32,13 @@ class ScoreSummary:
         texts: in the file now.
         reused: of these, how many the ledger had before.
         failed: texts without scores, by id, with the endpoint's reason.
+        stopped: why this run ended before everything was scored; None if it did not.
     """
 
     texts: int
     reused: int
     failed: dict[str, str]
+    stopped: str | None
     file: str
 
 
@@ -56,84 +60,61 @@ def score_only(source: str, out: Path, settings: CollectSettings, options: Optio
             "or take a local target"
         )
     texts = [(_key(text, settings), text) for text in load_texts(source)]
+    options = options or Options()
     with open_ledger(out) as ledger:
         ledger.add((key, _asked(text, settings)) for key, text in texts)
-        have = ledger.scored(settings.logprobs.top_k)
+        ledger.close_interrupted()
+        if options.retry_failed:
+            ledger.retry([State.FAILED])
+        have = _scored(ledger, settings)
         missing = [(key, text) for key, text in texts if key not in have]
-        failed = _score(ledger, missing, settings, options or Options()) if missing else {}
-        if len(failed) == len(texts):
-            raise TargetLLMError(f"no text was scored: {next(iter(failed.values()))}")
-        count = write_logprobs(out, stored_scores(ledger, texts), about(settings))
-    return ScoreSummary(texts=count, reused=len(texts) - len(missing), failed=failed, file=str(out))
+        stopped = None
+        if missing and settings.is_local:
+            _score_locally(ledger, missing, settings)
+        elif missing:
+            stopped = _ask(ledger, missing, settings, options)
+        failed = _failed(ledger, dict(texts))
+        have = _scored(ledger, settings)
+        if not any(key in have for key, _ in texts):
+            raise TargetLLMError(f"no text was scored: {stopped or next(iter(failed.values()))}")
+        count = write_logprobs(out, _scores(ledger, texts, settings), about(settings))
+    return ScoreSummary(texts=count, reused=len(texts) - len(missing), failed=failed, stopped=stopped, file=str(out))
 
 
-def _score(
-    ledger: Ledger, texts: Sequence[tuple[str, PlainText]], settings: CollectSettings, options: Options
-) -> dict[str, str]:
-    if not settings.is_local:
-        return asyncio.run(_Scoring(ledger, settings, options).score(texts))
+def _scored(ledger: Ledger, settings: CollectSettings) -> set[str]:
+    if settings.is_local:
+        return ledger.scored(settings.logprobs.top_k)
+    return {key for key, state in ledger.states().items() if state is State.DONE}
+
+
+def _score_locally(ledger: Ledger, texts: Sequence[tuple[str, PlainText]], settings: CollectSettings) -> None:
     from terselm.models import load_causal_lm
 
     lm = load_causal_lm(settings.local_name, device=settings.device, dtype=settings.dtype)
     score_all(lm, ledger, texts, settings.logprobs.top_k)
-    return {}
 
 
-class _Scoring:
-    """One run against an endpoint; texts are asked for anew until they have scores."""
-
-    def __init__(self, ledger: Ledger, settings: CollectSettings, options: Options) -> None:
-        self.ledger, self.settings = ledger, settings
-        self.key = read_key(settings, options.key_file)
-        self.failed: dict[str, str] = {}
-
-    async def score(self, texts: Sequence[tuple[str, PlainText]]) -> dict[str, str]:
-        from terselm.data.collection.client import Client
-
-        queue = iter(texts)
-        async with Client(self.settings, self.key) as client, asyncio.TaskGroup() as group:
-            for _ in range(min(self.settings.limits.concurrency, len(texts))):
-                group.create_task(self._work(client, queue))
-        return self.failed
-
-    async def _work(self, client: Any, queue: Any) -> None:
-        import tenacity
-
-        from terselm.data.collection.client import AskError
-        from terselm.data.collection.failures import Then
-
-        limits = self.settings.limits
-        for key, text in queue:
-            retrying = tenacity.AsyncRetrying(
-                stop=tenacity.stop_after_attempt(limits.retries + 1),
-                wait=tenacity.wait_random_exponential(multiplier=limits.backoff, max=limits.longest_pause),
-                retry=tenacity.retry_if_exception(
-                    lambda e: not isinstance(e, AskError) or e.failure.then is Then.RETRY
-                ),
-                reraise=True,
-            )
-            try:
-                async for attempt in retrying:
-                    with attempt:
-                        raw = await client.ask(_body(text, self.settings), plain=True)
-                        scored = _parse(text, raw, self.settings)
-                self.ledger.put_scores([(key, pack(scored))], self.settings.logprobs.top_k)
-            except (AskError, ValueError) as error:
-                self.failed[text.id] = self.key.mask(str(error))
+def _ask(
+    ledger: Ledger, texts: Sequence[tuple[str, PlainText]], settings: CollectSettings, options: Options
+) -> str | None:
+    states = ledger.states()
+    tasks = [ScoreTask(id=key, text=text, settings=settings) for key, text in texts if states[key] is State.WAITING]
+    with Progress(len(tasks), f"Scoring with {settings.target}") as progress:
+        return ask_all(remote_of(settings, options), ledger, tasks, progress)
 
 
-def _body(text: PlainText, settings: CollectSettings) -> dict[str, Any]:
-    top_k = settings.logprobs.top_k
-    body: dict[str, Any] = {"model": settings.model, "prompt": text.text, **settings.extra_body}
-    if settings.logprobs.of_texts is PromptScores.ECHO:
-        return body | {"echo": True, "max_tokens": 0, "logprobs": max(1, top_k)}
-    return body | {"prompt_logprobs": top_k, "max_tokens": 1}
+def _failed(ledger: Ledger, texts: dict[str, PlainText]) -> dict[str, str]:
+    rows = ledger.query("SELECT id, message FROM requests WHERE state IN (?, ?)", (State.FAILED, State.FILTERED))
+    return {texts[key].id: str(message) for key, message in rows if key in texts}
 
 
-def _parse(text: PlainText, raw: bytes, settings: CollectSettings) -> ScoredText:
-    if settings.logprobs.of_texts is PromptScores.ECHO:
-        return echoed_scores(text.id, text.text, raw)
-    return vllm_scores(text.id, text.text, raw, settings.logprobs.top_k)
+def _scores(ledger: Ledger, texts: Sequence[tuple[str, PlainText]], settings: CollectSettings) -> Iterator[ScoredText]:
+    if settings.is_local:
+        yield from stored_scores(ledger, texts)
+        return
+    for key, text in texts:
+        if (raw := ledger.raw(key)) is not None:
+            yield text_scores(text, raw, settings.logprobs)
 
 
 def _asked(text: PlainText, settings: CollectSettings) -> dict[str, Any]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from terselm.data.collection.responses import Response, parse_response
+from terselm.data.collection.settings import LogProbSettings, PromptScores
 from terselm.data.logprobs import Given, ScoredText
+from terselm.data.texts import PlainText
 
 
 def response_scores(name: str, response: Response) -> ScoredText | None:
@@ -56,6 +59,19 @@ def _tops(top: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
         "top_ids": ids,
         "top_tokens": tuple(tuple(_bytes(entry) for entry in entries) for entries in top),
     }
+
+
+def text_scores(text: PlainText, raw: bytes, settings: LogProbSettings) -> ScoredText:
+    """The log-probabilities of a text that was sent to be scored.
+
+    Raises:
+        ValueError: the response holds none, or not those of this text.
+    """
+    if settings.of_texts is PromptScores.ECHO:
+        scored = echoed_scores(text.id, text.text, raw)
+    else:
+        scored = vllm_scores(text.id, text.text, raw, settings.top_k)
+    return replace(scored, response_start=text.response_start)
 
 
 def echoed_scores(name: str, text: str, raw: bytes) -> ScoredText:
