@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 
-from terselm.cli import compress, data, evaluate, models, records, train  # noqa: F401 (each adds its commands)
+from terselm.cli import compress, data, evaluate, models, records, serve, train  # noqa: F401 (each adds its commands)
 from terselm.cli.app import app
 from terselm.errors import TerseLMError
 
