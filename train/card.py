@@ -20,11 +20,11 @@ for *compressing prompts*: it judges which tokens the target would find surprisi
 ```python
 from terselm import PromptCompressor
 
-compressor = PromptCompressor.from_pretrained("path/to/{name}")
+compressor = PromptCompressor.from_pretrained("{address}")
 print(compressor.compress(instruction="…", demonstrations=["…"], question="…", budget=200).text)
 ```
 
-It is a plain `transformers` checkpoint: `AutoModelForCausalLM.from_pretrained` loads it too.
+{kind}
 
 ## How well it predicts the target
 
@@ -39,7 +39,7 @@ The interval is a paired bootstrap over prompts. {verdict}
 {words}
 ## How it was made
 
-LoRA on {training_records:,} records ({tokens_seen:,} tokens seen in {steps} steps), merged in float32. `config.yaml` \
+LoRA on {training_records:,} records ({tokens_seen:,} tokens seen in {steps} steps){merged}. `config.yaml` \
 holds every setting, `metrics.json` the loss history, `provenance.json` the hashes of base, data and files, versions \
 and hardware.
 
@@ -50,6 +50,11 @@ terms of that model may bind whoever passes this one on.
 """
 
 
+_MERGED = "It is a plain `transformers` checkpoint: `AutoModelForCausalLM.from_pretrained` loads it too."
+_ADAPTER = (
+    "It is an adapter in PEFT's format, without its base: TerseLM loads the base by the name above and merges both."
+)
+
 _WORDS = """
 ## How much it agrees with the target
 
@@ -59,14 +64,17 @@ _WORDS = """
 """
 
 
-def model_card(name: str, base: str, metrics: dict[str, Any], report: dict[str, Any] | None = None) -> str:
+def model_card(
+    name: str, base: str, metrics: dict[str, Any], report: dict[str, Any] | None = None, *, adapter_only: bool = False
+) -> str:
     """Markdown with YAML metadata as the Hugging Face hub reads it.
 
     Args:
-        name: of the published folder.
+        name: of the published folder, or its address on the hub.
         base: the model that was aligned, as the run named it.
         metrics: what the run measured.
         report: the alignment report, if it compared words with a target.
+        adapter_only: the folder holds no base.
     """
     from huggingface_hub import ModelCardData
 
@@ -79,11 +87,14 @@ def model_card(name: str, base: str, metrics: dict[str, Any], report: dict[str, 
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["terselm", "prompt-compression", "lora"],
-        model_name=name,
+        model_name=name.split("/")[-1],
         eval_results=[_result(metrics)],
     )
     body = _BODY.format(
-        name=name,
+        name=name.split("/")[-1],
+        address=name if "/" in name else f"path/to/{name}",
+        merged="" if adapter_only else ", merged in float32",
+        kind=_ADAPTER if adapter_only else _MERGED,
         base=base,
         targets=", ".join(f"`{target}`" for target in metrics["data"]["targets"]) or "an unnamed model",
         records=held_out["records"],

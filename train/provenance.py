@@ -23,10 +23,16 @@ def folder_sha256(folder: Path, *, leave_out: str) -> dict[str, str]:
     return {name: file_sha256(path) for name, path in names.items() if name != leave_out}
 
 
-def weights_sha256(model: torch.nn.Module) -> str:
-    """Digest of a model's weights: names, shapes, formats and bytes, in the order of names."""
+def weights_sha256(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
+    """Digest of a model's weights: names, shapes, formats and bytes, in the order of names.
+
+    Args:
+        model: whose weights.
+        dtype: the number format to take them in; by default their own.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, weight in sorted(model.state_dict().items()):
+        tensor = weight.to(dtype) if dtype is not None and weight.is_floating_point() else weight
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,14 @@ from terselm.models import CausalLM, load_causal_lm
 from terselm.train.card import model_card
 from terselm.train.config import Precision
 from terselm.train.hardware import describe_hardware, describe_versions
+from terselm.train.hub import HubPlace, check_access, upload
 from terselm.train.progress import quieten_libraries
 from terselm.train.provenance import base_revision, file_sha256, folder_sha256, git_commit, weights_sha256
-from terselm.train.reload import compare_in_fresh_process, probe
+from terselm.train.reload import probe, write_references
 from terselm.train.report.report import PAGE, REPORT, read_report
+from terselm.train.verify import KEPT_REFERENCE, PROVENANCE, TOLERANCE, check_logits, read_json
 
-PROVENANCE = "provenance.json"
-
-# What rounding may do to the logits, as a share of their own spread; measured: 4e-6 and 1.3e-2 for SmolLM2-135M.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+_SHARD = "5GB"  # of a weights file, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +49,28 @@ class PublishedCheckpoint:
     logit_difference: float
 
 
-def publish(run: Path, to: Path, *, dtype: Precision = Precision.FLOAT32) -> PublishedCheckpoint:
-    """Merge a run's adapter into its base and write a folder that `transformers` loads without TerseLM.
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What is published.
+
+    Attributes:
+        dtype: of the stored weights. The merge is always in float32, and float32 is the default: an adapter changes
+            most weights by less than bfloat16 can hold, and on a CPU it is the format that runs everywhere.
+        adapter_only: the adapter without its base, which whoever loads it then needs, too.
+        address: what to load it by, for the card.
+    """
+
+    dtype: Precision = Precision.FLOAT32
+    adapter_only: bool = False
+    address: str | None = None
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype is Precision.BFLOAT16 and not self.adapter_only else torch.float32
+
+
+def publish(run: Path, to: Path, form: Form | None = None) -> PublishedCheckpoint:
+    """Write a folder that `transformers` loads without TerseLM: a run's adapter, merged into its base.
 
     The folder appears under its name only after a fresh process has loaded it and found the logits of the base with
     its adapter.
@@ -59,39 +78,70 @@ def publish(run: Path, to: Path, *, dtype: Precision = Precision.FLOAT32) -> Pub
     Args:
         run: a finished run folder.
         to: the folder to make; it must not exist.
-        dtype: of the stored weights. The merge is always in float32, and float32 is the default: an adapter changes
-            most weights by less than bfloat16 can hold, and on a CPU it is the format that runs everywhere.
+        form: of what is written.
 
     Raises:
-        CheckpointError: the run is not finished or damaged, ``to`` exists, or the copy does not give the same logits.
+        CheckpointError: the run is not finished or damaged, its base is not the one that it was trained on, ``to``
+            exists, or the copy does not give the same logits.
         ModelError: the base cannot be loaded.
     """
     quieten_libraries()
+    form = form or Form()
     adapter = _finished_adapter(run)
-    if dtype is Precision.AUTO:
-        dtype = Precision.FLOAT32
     with _only_writer(to):
-        base_name = str(_read_json(adapter / "adapter_config.json")["base_model_name_or_path"])
-        base = load_causal_lm(base_name, device="cpu", dtype="float32")
-        origin = {
-            "name": base_name,
-            "revision": base_revision(base.model),
-            "weights_sha256": weights_sha256(base.model),
-        }
+        metrics = read_json(run / "metrics.json")
+        base, origin = _load_base(adapter, metrics)
         with atomic_folder(to) as partial, tempfile.TemporaryDirectory() as scratch:
             reference = Path(scratch) / "reference.safetensors"
-            _merge_and_save(base, adapter, getattr(torch, dtype.value), partial, reference)
-            difference = _compare(partial, reference, getattr(torch, dtype.value))
-            metrics = _read_json(run / "metrics.json")
+            _write_weights(base, adapter, form, partial, reference)
+            difference = check_logits(partial, reference, form.torch_dtype)
             for name in ("config.yaml", "metrics.json"):
                 shutil.copyfile(run / name, partial / name)
-            card = model_card(to.name, base_name, metrics, _copy_report(run, partial))
+            report = _copy_report(run, partial)
+            card = model_card(form.address or to.name, base.name, metrics, report, adapter_only=form.adapter_only)
             (partial / "README.md").write_text(card, encoding="utf-8")
-            provenance = _provenance(metrics, origin, adapter, dtype, difference)
+            provenance = _provenance(metrics, origin, adapter, form, difference)
             provenance["sha256"] = folder_sha256(partial, leave_out=PROVENANCE)
             text = json.dumps(provenance, indent=2, ensure_ascii=False) + "\n"
             (partial / PROVENANCE).write_text(text, encoding="utf-8")
-    return PublishedCheckpoint(path=to, base=base_name, dtype=dtype.value, logit_difference=difference)
+    return PublishedCheckpoint(
+        path=to, base=base.name, dtype=str(form.torch_dtype).removeprefix("torch."), logit_difference=difference
+    )
+
+
+def publish_to_hub(run: Path, place: HubPlace, form: Form | None = None) -> str:
+    """Publish to a folder that is thrown away, then put that on the hub; the commit's address.
+
+    Raises:
+        ConfigError: there is no token.
+        CheckpointError: as `publish`, or the hub is out of reach, refuses, or has the tag already.
+    """
+    check_access(place)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / place.repo.split("/")[1]
+        publish(run, folder, replace(form or Form(), address=place.repo))
+        digest = read_json(folder / PROVENANCE)["adapter_sha256"]
+        return upload(folder, place, default_tag=f"run-{digest[:12]}")
+
+
+def _load_base(adapter: Path, metrics: dict[str, Any]) -> tuple[CausalLM, dict[str, Any]]:
+    """The base in float32, and where it is from.
+
+    Raises:
+        CheckpointError: its weights are not those that the adapter was trained on.
+    """
+    name = str(read_json(adapter / "adapter_config.json")["base_model_name_or_path"])
+    base = load_causal_lm(name, device="cpu", dtype="float32")
+    trained_on = metrics.get("base")
+    if trained_on is not None:
+        found = weights_sha256(base.model, getattr(torch, trained_on["dtype"]))
+        if found != trained_on["weights_sha256"]:
+            raise CheckpointError(
+                f"adapter {adapter} was trained on another base: {name!r} has other weights now; publish with the "
+                "weights it was trained on, or run the alignment again"
+            )
+    origin = {"name": name, "revision": base_revision(base.model), "weights_sha256": weights_sha256(base.model)}
+    return base, origin
 
 
 def _copy_report(run: Path, to: Path) -> dict[str, Any] | None:
@@ -99,19 +149,6 @@ def _copy_report(run: Path, to: Path) -> dict[str, Any] | None:
         if (run / name).is_file():
             shutil.copyfile(run / name, to / name)
     return read_report(run)
-
-
-def verify(folder: Path) -> None:
-    """Recompute the checksums of a published folder.
-
-    Raises:
-        CheckpointError: a file is missing, changed, or was not there when it was published.
-    """
-    recorded = _read_json(folder / PROVENANCE)["sha256"]
-    found = folder_sha256(folder, leave_out=PROVENANCE)
-    wrong = sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
-    if wrong:
-        raise CheckpointError(f"{folder} is not as it was published; these files differ: {', '.join(wrong)}")
 
 
 def _finished_adapter(run: Path) -> Path:
@@ -146,10 +183,9 @@ def _only_writer(to: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot publish to {to}: {error.strerror or error}; nothing is left there") from None
 
 
-def _merge_and_save(base: CausalLM, adapter: Path, dtype: torch.dtype, folder: Path, reference: Path) -> None:
+def _write_weights(base: CausalLM, adapter: Path, form: Form, folder: Path, reference: Path) -> None:
     from peft import PeftModel
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     try:
         model = PeftModel.from_pretrained(base.model, adapter, use_safetensors=True).eval()
@@ -158,34 +194,27 @@ def _merge_and_save(base: CausalLM, adapter: Path, dtype: torch.dtype, folder: P
         raise CheckpointError(f"adapter {adapter} does not fit its base {base.name!r}: {problem}") from None
     ids = probe(base.tokenizer, model.config.vocab_size)
     with torch.inference_mode():
-        save_file({"ids": ids, "logits": model(input_ids=ids).logits.contiguous()}, reference)
-    merged = model.merge_and_unload().to(dtype)
-    merged.save_pretrained(folder)
+        write_references(ids, model(input_ids=ids).logits, whole=reference, kept=folder / KEPT_REFERENCE)
+    if form.adapter_only:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(adapter / name, folder / name)
+        return
+    model.merge_and_unload().to(form.torch_dtype).save_pretrained(folder, max_shard_size=_SHARD)
     base.tokenizer.save_pretrained(folder)
 
 
-def _compare(folder: Path, reference: Path, dtype: torch.dtype) -> float:
-    difference = compare_in_fresh_process(folder, reference)
-    if not difference <= _TOLERANCE[dtype]:
-        raise CheckpointError(
-            f"the published weights, loaded anew, change the logits by {difference:.2g} of their spread (at most "
-            f"{_TOLERANCE[dtype]:.0e} is rounding); nothing was published, this is a bug: report it"
-        )
-    return difference
-
-
 def _provenance(
-    metrics: dict[str, Any], origin: dict[str, Any], adapter: Path, dtype: Precision, difference: float
+    metrics: dict[str, Any], origin: dict[str, Any], adapter: Path, form: Form, difference: float
 ) -> dict[str, Any]:
     return {
         "base": origin,
         "adapter_sha256": file_sha256(adapter / "adapter_model.safetensors"),
         "data": metrics["data"],
         "weights": {
-            "merged_in": "float32",
-            "stored_in": dtype.value,
+            "merged_in": None if form.adapter_only else "float32",
+            "stored_in": str(form.torch_dtype).removeprefix("torch."),
             "logit_difference": difference,
-            "tolerance": _TOLERANCE[getattr(torch, dtype.value)],
+            "tolerance": TOLERANCE[form.torch_dtype],
         },
         "trained_with": {name: metrics[name] for name in ("versions", "hardware", "git_commit", "compute")},
         "published_with": {
@@ -195,13 +224,3 @@ def _provenance(
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise CheckpointError(f"{path} is missing or is not JSON") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return value

@@ -16,7 +16,7 @@ from terselm.train.config import AlignConfig
 from terselm.train.evaluation import HeldOutText, score
 from terselm.train.hardware import describe_hardware, describe_versions, pick_precision
 from terselm.train.lora import add_adapter
-from terselm.train.provenance import git_commit
+from terselm.train.provenance import git_commit, weights_sha256
 from terselm.train.run_folder import RunFolder
 from terselm.train.scoring import score_instead_of_logits
 from terselm.train.sources import Source
@@ -45,6 +45,7 @@ class Run:
     reported: HeldOutText
     choosing: HeldOutText | None
     trainer: AlignmentTrainer
+    base: dict[str, str]
     compute: dict[str, Any]
 
     @property
@@ -101,6 +102,7 @@ class Run:
         history = self.trainer.state.log_history
         return {
             "data": {**self._sources(), "sha256": data_sha256, **self.texts.describe()},
+            "base": self.base,
             "compute": {**self.compute, "rows_per_pass": self.rows_per_pass},
             "versions": describe_versions(),
             "hardware": describe_hardware(),
@@ -151,6 +153,7 @@ def prepare(config: AlignConfig, folder: RunFolder, state: PartialState, sources
     schedule = schedule_rows(texts.rows, config)
     arguments = training_arguments(config, folder, rows=len(schedule), processes=state.num_processes)
     score_instead_of_logits(lm.model, autocast=None if precision == torch.float32 else precision)
+    base = {"name": config.model, "dtype": dtype, "weights_sha256": weights_sha256(lm.model, precision)}
     set_seed(config.seed)  # the adapter's first values
     model = add_adapter(lm.model, config.lora)
     tune(lm.model, config.engine)
@@ -173,5 +176,6 @@ def prepare(config: AlignConfig, folder: RunFolder, state: PartialState, sources
         reported=reported,
         choosing=choosing,
         trainer=AlignmentTrainer(model, arguments, schedule, folder, config),
+        base=base,
         compute=compute,
     ).choosing_best()

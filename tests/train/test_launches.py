@@ -18,7 +18,8 @@ from tiny_training import ROOT, Script
 from terselm.errors import CheckpointError, ConfigError
 from terselm.train.gathering import gather_trained
 from terselm.train.hardware import join_processes
-from terselm.train.publish import publish, verify
+from terselm.train.publish import publish
+from terselm.train.verify import verify
 
 MakeScript = Callable[[Path], Script]
 

@@ -13,14 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny_training import Script
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from terselm.cli import app
 from terselm.config import load_config
 from terselm.errors import CheckpointError
 from terselm.models import load_causal_lm
 from terselm.train.config import AlignConfig, Precision
-from terselm.train.publish import publish, verify
+from terselm.train.provenance import file_sha256
+from terselm.train.publish import Form, publish
+from terselm.train.verify import verify
 
 TEXT = "red green blue one two"
 
@@ -83,7 +88,7 @@ def test_the_card_has_metadata_and_the_measured_figures(published: Path, finishe
 
 
 def test_bfloat16_by_setting(finished: Script, tmp_path: Path) -> None:
-    checkpoint = publish(finished.run, tmp_path / "half", dtype=Precision.BFLOAT16)
+    checkpoint = publish(finished.run, tmp_path / "half", Form(dtype=Precision.BFLOAT16))
     assert AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto").dtype == torch.bfloat16
     assert 1e-4 < checkpoint.logit_difference < 5e-2
 
@@ -133,7 +138,7 @@ def test_weights_that_change_on_disk_are_not_published(
     finished: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fresh process reads what is on disk, not what the writer remembers."""
-    from terselm.train import publish as module
+    from terselm.train import verify as module
 
     compare = module.compare_in_fresh_process
 
@@ -166,3 +171,60 @@ def test_killed_in_the_middle_the_next_one_works(finished: Script, tmp_path: Pat
     assert list(tmp_path.glob(".out.partial-*"))
     verify(publish(finished.run, target).path)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_verify_loads_the_weights_anew(published: Path, tmp_path: Path) -> None:
+    """Checksums that were made to fit do not help weights that compute something else."""
+    assert verify(published) < 1e-4
+    copy = tmp_path / "copy"
+    shutil.copytree(published, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] *= 1.01
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    provenance = json.loads((copy / "provenance.json").read_text())
+    provenance["sha256"]["model.safetensors"] = file_sha256(copy / "model.safetensors")
+    (copy / "provenance.json").write_text(json.dumps(provenance))
+    with pytest.raises(CheckpointError, match="loaded anew, change the logits"):
+        verify(copy)
+
+
+def test_the_command_verifies(published: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["verify", str(published)])
+    assert done.exit_code == 0, done.output
+    assert "is as it was published; its logits differ by" in done.stdout
+    with pytest.raises(CheckpointError, match=r"provenance\.json is missing"):
+        verify(tmp_path)
+
+
+def test_large_weights_are_sharded(finished: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("terselm.train.publish._SHARD", "30KB")
+    folder = publish(finished.run, tmp_path / "sharded").path
+    shards = list(folder.glob("model-*-of-*.safetensors"))
+    assert len(shards) > 1
+    assert (folder / "model.safetensors.index.json").is_file()
+    assert verify(folder) < 1e-4
+
+
+def test_an_adapter_by_itself(finished: Script, tmp_path: Path, published: Path) -> None:
+    folder = publish(finished.run, tmp_path / "alone", Form(adapter_only=True)).path
+    assert not (folder / "model.safetensors").exists()
+    assert verify(folder) < 1e-4
+    one, other = load_causal_lm(folder, device="cpu"), load_causal_lm(published, device="cpu")
+    ids = one.tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(logits(one.model, ids), logits(other.model, ids), atol=1e-5, rtol=0)
+
+
+def test_an_adapter_for_another_base_is_refused(finished: Script, tiny_model: Path, tmp_path: Path) -> None:
+    """The base of that name has other weights than those that the adapter was trained on."""
+    other, run = tmp_path / "other", tmp_path / "run"
+    shutil.copytree(tiny_model, other)
+    shutil.copytree(finished.run, run)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(other)
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"was trained on another base: .* has other weights now"):
+        publish(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
