@@ -51,7 +51,7 @@ def _row(name: str, measure: dict[str, Any]) -> str:
     low, high = measure["interval"]
     verdict = measure["verdict"]
     said = f"**{verdict}**" if verdict != Verdict.BETTER else verdict
-    closed = f"{measure['gap_closed']:.0%}" if "gap_closed" in measure else ""
+    closed = f"{round(100 * measure['gap_closed'])}%" if "gap_closed" in measure else ""
     return (
         f"| {LABELS[name]} | {measure['before']:.4f} | {measure['after']:.4f} | "
         f"{measure['difference']:+.4f} ({low:+.4f} to {high:+.4f}) | {closed} | {said} |"
