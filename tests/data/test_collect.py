@@ -16,16 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fakes import bigram_lm, random_lm
 from filelock import FileLock
 
+from terselm.data.collection import memory
 from terselm.data.collection.collect import CollectSummary, collect
 from terselm.data.collection.ledger import ledger_of
-from terselm.data.collection.settings import CollectSettings, PromptTemplate
+from terselm.data.collection.settings import CollectSettings, LogProbSettings, PromptTemplate
 from terselm.data.collection.status import status
-from terselm.data.generate import Limits, Query, generate
+from terselm.data.generate import Answer, Limits, Query, generate
 from terselm.data.instructions import Instruction
+from terselm.data.logprobs import Given, LogProbFile
 from terselm.data.records import Message, Record, Role, read_records
+from terselm.data.score import score_texts
+from terselm.data.texts import PlainText
 from terselm.errors import ConfigError, ContextLengthError, DataFormatError, ModelError, TargetLLMError
 from terselm.models import CausalLM
 
@@ -274,3 +279,51 @@ def test_nothing_fit_to_keep(tmp_path: Path) -> None:
 def test_no_progress_bar_off_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     collect(ASK[:2], tmp_path / "r.jsonl", settings(), lm=random_lm())
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_stays_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def tight(lm: CausalLM, queries: Sequence[Query], limits: Limits) -> list[Answer]:
+        sizes.append(len(queries))
+        if len(queries) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(lm, queries, limits)
+
+    monkeypatch.setattr(memory, "generate", tight)
+    given = settings(temperatures=[0.0], batch_size=16)
+    asked = collect(ASK, tmp_path / "tight.jsonl", given, lm=random_lm())
+    monkeypatch.undo()
+    collect(ASK, tmp_path / "wide.jsonl", given, lm=random_lm())
+    assert undated(tmp_path / "tight.jsonl") == undated(tmp_path / "wide.jsonl")
+    assert sizes[0] > 6
+    assert asked.records + sum(asked.without_record.values()) == 20
+    assert max(sizes[sizes.index(next(size for size in sizes if size <= 6)) :]) <= 8  # the other half of the first
+
+
+def test_memory_for_not_even_one_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(lm: CausalLM, queries: Sequence[Query], limits: Limits) -> list[Answer]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(memory, "generate", none)
+    with pytest.raises(TargetLLMError, match="too small for one answer; lower max_new_tokens"):
+        collect(ASK[:3], tmp_path / "r.jsonl", settings(), lm=random_lm())
+
+
+def test_log_probabilities_of_a_local_target(tmp_path: Path) -> None:
+    out, lm = tmp_path / "r.jsonl", random_lm()
+    summary = collect(ASK[:5], out, settings(), lm=lm)
+    kept = settings(logprobs=LogProbSettings(keep=True))
+    assert collect(ASK[:5], out, kept, lm=lm).records == summary.records
+    for record, scored in zip(read_records(out), LogProbFile(tmp_path / "r.logprobs.parquet"), strict=True):
+        assert (scored.id, scored.given, scored.top_logprobs) == (record.id, Given.TEXT, None)
+        assert scored.text == f"{record.messages[0].content}\n\n{record.response}"
+        assert scored.text[scored.response_start :] == record.response
+        ((alone,),) = score_texts(lm, [PlainText(id="x", text=scored.text)])
+        assert abs(alone.logprobs - scored.logprobs).max() < 1e-4
+    # What is there is not read again: the model that the settings name does not exist.
+    collect(ASK[:5], out, kept)
+    with pytest.raises(ModelError):
+        collect(ASK[:5], out, settings(logprobs=LogProbSettings(keep=True, top_k=2)))
+    collect(ASK[:5], out, settings(logprobs=LogProbSettings(keep=True, top_k=2)), lm=lm)
+    assert all(scored.top_ids is not None for scored in LogProbFile(tmp_path / "r.logprobs.parquet"))
