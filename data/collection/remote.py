@@ -26,6 +26,8 @@ from terselm.errors import ConfigError, TerseLMError
 if TYPE_CHECKING:
     from tenacity import RetryCallState
 
+_DEAD = 20
+"""Requests given up in a row after which the endpoint is taken for dead; those that were not sent stay waiting."""
 _LONGEST_WISH = 3600.0
 """Seconds; an endpoint that asks to wait longer is asked again after this."""
 
@@ -71,6 +73,7 @@ class _Run:
         self.sizes = PromptSizes()
         self.attempts = ledger.attempts()
         self.error: TerseLMError | None = None
+        self.given_up = 0  # in a row
 
     async def ask(self, tasks: Sequence[Task]) -> str | None:
         queue = iter(tasks)
@@ -130,10 +133,15 @@ class _Run:
             self.gate.settle(ticket, outcome, failure)
         task.learn(self.sizes, outcome.prompt_tokens or 0)
         self.progress.update(outcome)
-        if failure is not None:
-            if failure.then is Then.STOP:
-                self.gate.stop(f"the endpoint refuses every request ({failure.message})")
-            raise AskError(failure)
+        if failure is None:
+            self.given_up = 0
+            return
+        self.given_up += failure.then is Then.RETRY and last
+        if failure.then is Then.STOP:
+            self.gate.stop(f"the endpoint refuses every request ({failure.message})")
+        elif self.given_up >= _DEAD:
+            self.gate.stop(f"the endpoint answered none of {_DEAD} requests in a row ({failure.message})")
+        raise AskError(failure)
 
     def _intent(self, task: Task) -> Intent:
         prompt, completion = task.bounds(self.sizes)

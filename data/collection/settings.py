@@ -120,7 +120,7 @@ class CollectSettings:
         ConfigError: a value is out of range, or two contradict one another.
     """
 
-    endpoint: str
+    endpoint: str = ""
     """``https://…/v1`` of an OpenAI-compatible server, ``https://….openai.azure.com``, or ``local:MODEL`` with an
     alias, a folder or a hub id."""
     model: str = ""
