@@ -1,4 +1,4 @@
-"""One alignment run, from records to an adapter with its metrics."""
+"""One alignment run, from records to an adapter or a model, with its metrics."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 from terselm.config import dump_config
 from terselm.errors import TrainingError
 from terselm.models import load_tokenizer
-from terselm.train.config import AlignConfig
+from terselm.train.config import AlignConfig, Method
 from terselm.train.dry_run import estimate
 from terselm.train.evaluation import compare
 from terselm.train.fitting import fewer_rows, find_fitting, is_out_of_memory
 from terselm.train.gathering import gather_trained
 from terselm.train.hardware import join_processes, share_out_cores
-from terselm.train.lora import save_adapter
 from terselm.train.progress import quieten_libraries, say
 from terselm.train.report.reading import write_texts
 from terselm.train.report.report import REPORT, Measurement, report_target, write_report
 from terselm.train.report.text import sentence
 from terselm.train.run import Run, prepare
-from terselm.train.run_folder import RunFolder, run_key
+from terselm.train.run_folder import ADAPTER, MODEL, RunFolder, run_key
 from terselm.train.saving import clear_disk_errors
+from terselm.train.small_lm import save_trained
 from terselm.train.sources import combined, read_sources
 from terselm.train.trainer import AlignmentTrainer
 
@@ -50,7 +50,8 @@ def align(config: AlignConfig, *, resume: bool = True, dry_run: bool = False) ->
     share_out_cores()
     sources = read_sources(config.data)
     data_sha256 = combined(sources)
-    folder = RunFolder(Path(config.run_dir), run_key(dump_config(config), data_sha256))
+    key = run_key(dump_config(config), data_sha256)
+    folder = RunFolder(Path(config.run_dir), key, MODEL if config.method is Method.FULL else ADAPTER)
     finished = folder.is_finished()
     state = join_processes()
     tell = say if state.is_main_process else _stay_silent
@@ -102,14 +103,22 @@ def _attempt(run: Run, data_sha256: str, tell: Callable[[str], None], *, resume:
         return False
     training = _describe_training(run.trainer, resumed=checkpoint is not None)
     held_out = compare(run.reported, before, run.score(run.reported), config.seed)
-    weights = gather_trained(run.model)
+    weights = gather_trained(run.model, keep=run.state.is_main_process)
     if run.state.is_main_process:
-        metrics = {"model": config.model, "held_out": held_out, "training": training, **run.circumstances(data_sha256)}
+        metrics: dict[str, Any] = {
+            "model": config.model,
+            "method": config.method.value,
+            "held_out": held_out,
+            "training": training,
+        }
+        metrics |= run.circumstances(data_sha256)
         metrics["seconds"] = time.perf_counter() - started
         held_out_texts = run.reported.prompt_of, run.reported.raw
         with clear_disk_errors(folder.path, "the result could not be written; the checkpoints are kept"):
             write_texts(folder.path, *held_out_texts, most=config.report.texts, seed=config.seed)
-        folder.finish(metrics, partial(save_adapter, run.model, base=config.model, weights=weights))
+        folder.finish(
+            metrics, partial(save_trained, run.model, config=config, tokenizer=run.tokenizer, weights=weights)
+        )
         tell(_conclusion(metrics, folder))
     run.trainer.accelerator.end_training()
     return True
@@ -170,7 +179,7 @@ def _conclusion(metrics: dict[str, Any], folder: RunFolder) -> str:
         f"held-out text after: {held_out['after']['bits_per_byte']:.4f} bits per byte, "
         f"{difference['bits_per_byte']:+.4f} (95% interval {low:+.4f} to {high:+.4f})\n"
         f"{training['tokens_seen']:,} tokens at {training['tokens_per_second']:,.0f} tokens/s, "
-        f"{metrics['seconds']:.0f} s in all; adapter in {folder.adapter}"
+        f"{metrics['seconds']:.0f} s in all; result in {folder.result}"
     )
 
 

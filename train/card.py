@@ -39,7 +39,7 @@ The interval is a paired bootstrap over prompts. {verdict}
 {words}
 ## How it was made
 
-LoRA on {training_records:,} records ({tokens_seen:,} tokens seen in {steps} steps){merged}. `config.yaml` \
+{method} on {training_records:,} records ({tokens_seen:,} tokens seen in {steps} steps){merged}. `config.yaml` \
 holds every setting, `metrics.json` the loss history, `provenance.json` the hashes of base, data and files, versions \
 and hardware.
 
@@ -50,6 +50,7 @@ terms of that model may bind whoever passes this one on.
 """
 
 
+_METHODS = {"lora": "LoRA", "qlora": "LoRA over weights of 4 bits", "full": "All weights trained"}
 _MERGED = "It is a plain `transformers` checkpoint: `AutoModelForCausalLM.from_pretrained` loads it too."
 _ADAPTER = (
     "It is an adapter in PEFT's format, without its base: TerseLM loads the base by the name above and merges both."
@@ -81,19 +82,21 @@ def model_card(
     held_out, difference = metrics["held_out"], metrics["held_out"]["difference"]
     low, high = difference["bits_per_byte_interval"]
     license_id = _license(base)
+    method = metrics.get("method", "lora")
     data = ModelCardData(
         base_model=ALIASES[base].base if base in ALIASES else base,
         license=license_id,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["terselm", "prompt-compression", "lora"],
+        tags=["terselm", "prompt-compression", *([] if method == "full" else [method])],
         model_name=name.split("/")[-1],
         eval_results=[_result(metrics)],
     )
     body = _BODY.format(
         name=name.split("/")[-1],
         address=name if "/" in name else f"path/to/{name}",
-        merged="" if adapter_only else ", merged in float32",
+        method=_METHODS[method],
+        merged="" if adapter_only or method == "full" else ", merged in float32",
         kind=_ADAPTER if adapter_only else _MERGED,
         base=base,
         targets=", ".join(f"`{target}`" for target in metrics["data"]["targets"]) or "an unnamed model",

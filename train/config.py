@@ -33,6 +33,32 @@ class Overlong(StrEnum):
     """Left out."""
 
 
+class Method(StrEnum):
+    """What is trained."""
+
+    LORA = "lora"
+    """An adapter on frozen weights."""
+    QLORA = "qlora"
+    """An adapter on frozen weights of 4 bits (arXiv:2305.14314), by bitsandbytes: a fraction of the memory, slower."""
+    FULL = "full"
+    """All weights, in float32; products as ``dtype`` says."""
+
+
+class Initialisation(StrEnum):
+    """First values of an adapter."""
+
+    ZERO = "zero"
+    """A as Kaiming, B zero: the model begins as its base."""
+    GAUSSIAN = "gaussian"
+    """A normal, B zero."""
+    ORTHOGONAL = "orthogonal"
+    """A and B orthogonal to each other, so that B·A is zero."""
+    PISSA = "pissa"
+    """The principal singular vectors of the weights, which keep the rest (arXiv:2404.02948)."""
+    OLORA = "olora"
+    """A QR decomposition of the weights, which keep the rest (arXiv:2406.01775)."""
+
+
 class Precision(StrEnum):
     """Number format of the frozen weights and the matrix products; the adapter and the loss are float32."""
 
@@ -98,13 +124,29 @@ class LoraSettings:
     """The update is scaled by alpha / rank."""
     dropout: float = 0.0
     """Share of the adapter's inputs set to zero, in [0, 1)."""
+    rank_stabilised: bool = False
+    """The update is scaled by alpha / √rank instead (arXiv:2312.03732), for ranks far above 16."""
+    weight_decomposed: bool = False
+    """DoRA (arXiv:2402.09353): the length of each row of weights is learnt apart from its direction; slower."""
+    initialisation: Initialisation = Initialisation.ZERO
+    """First values."""
 
     def __post_init__(self) -> None:
         _refuse(
             (self.rank < 1, f"lora.rank is {self.rank}; expected at least 1"),
             (not self.alpha > 0, f"lora.alpha is {self.alpha}; expected more than 0"),
             (not 0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; expected at least 0 and below 1"),
+            (
+                self.weight_decomposed and self.changes_base,
+                f"lora.weight_decomposed and lora.initialisation={self.initialisation} both change what the base "
+                "stands for; choose one of them",
+            ),
         )
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the first values of the adapter are taken away from the weights of the base."""
+        return self.initialisation in (Initialisation.PISSA, Initialisation.OLORA)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +287,9 @@ class AlignConfig:
     model: str = "smollm2-135m"
     """The small LM: an alias, a folder or a hub id."""
     run_dir: str = "runs/align"
-    """Folder for the adapter, the metrics and the checkpoints."""
+    """Folder for the adapter or the model, the metrics and the checkpoints."""
+    method: Method = Method.LORA
+    """What is trained; ``lora`` holds the settings of the adapters."""
     data: DataSettings = field(default_factory=DataSettings)
     template: Template = Template.RAW
     """How a record becomes text."""
@@ -272,6 +316,11 @@ class AlignConfig:
         _refuse(
             (not self.model.strip(), "model is empty; expected an alias, a folder or a hub id"),
             (not self.run_dir.strip(), "run_dir is empty; expected a folder"),
+            (
+                self.method is Method.QLORA and self.lora.changes_base,
+                f"lora.initialisation={self.lora.initialisation} decomposes weights, which method=qlora rounds to 4 "
+                "bits; choose zero, gaussian or orthogonal",
+            ),
             (self.seed < 0, f"seed is {self.seed}; expected at least 0"),
             (self.log_every < 1, f"log_every is {self.log_every}; expected at least 1 step"),
             (self.save_every < 1, f"save_every is {self.save_every}; expected at least 1 step"),

@@ -12,11 +12,15 @@ from terselm.errors import CheckpointError
 
 
 @torch.no_grad()
-def gather_trained(model: Any) -> dict[str, Tensor]:
+def gather_trained(model: Any, *, keep: bool = True) -> dict[str, Tensor]:
     """The trained weights, whole, on the CPU; every process has to call it.
 
     One weight at a time, so that no process needs memory for more: DDP holds them whole, FSDP2 as DTensors, ZeRO-3 as
     empty tensors that DeepSpeed fills for a moment.
+
+    Args:
+        model: with what was trained.
+        keep: whether this process is to have them; the others get nothing, for which they need no memory.
 
     Raises:
         CheckpointError: a weight stayed empty.
@@ -26,7 +30,8 @@ def gather_trained(model: Any) -> dict[str, Tensor]:
         if not weight.requires_grad:
             continue
         with _whole(weight) as whole:
-            found[name] = whole.detach().to("cpu", copy=True)
+            if keep:
+                found[name] = whole.detach().to("cpu", copy=True)
     if empty := [name for name, weight in found.items() if not weight.numel()]:
         raise CheckpointError(f"{len(empty)} trained weights came back empty, such as {empty[0]}; nothing was written")
     return found

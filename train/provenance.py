@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ def folder_sha256(folder: Path, *, leave_out: str) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder).as_posix(): path for path in files}
     return {name: file_sha256(path) for name, path in names.items() if name != leave_out}
+
+
+def combined_sha256(folder: Path) -> str:
+    """One digest of all files below a folder and their names."""
+    return hashlib.sha256(json.dumps(folder_sha256(folder, leave_out="")).encode()).hexdigest()
 
 
 def weights_sha256(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:

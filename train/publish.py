@@ -23,9 +23,10 @@ from terselm.train.config import Precision
 from terselm.train.hardware import describe_hardware, describe_versions
 from terselm.train.hub import HubPlace, check_access, upload
 from terselm.train.progress import quieten_libraries
-from terselm.train.provenance import base_revision, file_sha256, folder_sha256, git_commit, weights_sha256
+from terselm.train.provenance import base_revision, combined_sha256, folder_sha256, git_commit, weights_sha256
 from terselm.train.reload import probe, write_references
 from terselm.train.report.report import PAGE, REPORT, read_report
+from terselm.train.run_folder import MODEL, finished_result
 from terselm.train.verify import KEPT_REFERENCE, PROVENANCE, TOLERANCE, check_logits, read_json
 
 _SHARD = "5GB"  # of a weights file, at most
@@ -70,7 +71,7 @@ class Form:
 
 
 def publish(run: Path, to: Path, form: Form | None = None) -> PublishedCheckpoint:
-    """Write a folder that `transformers` loads without TerseLM: a run's adapter, merged into its base.
+    """Write a folder that `transformers` loads without TerseLM: a run's adapter, merged into its base, or its model.
 
     The folder appears under its name only after a fresh process has loaded it and found the logits of the base with
     its adapter.
@@ -87,20 +88,22 @@ def publish(run: Path, to: Path, form: Form | None = None) -> PublishedCheckpoin
     """
     quieten_libraries()
     form = form or Form()
-    adapter = _finished_adapter(run)
+    trained = finished_result(run)
+    if form.adapter_only and trained.name == MODEL:
+        raise CheckpointError(f"run folder {run} holds no adapter, since all of its weights were trained")
     with _only_writer(to):
         metrics = read_json(run / "metrics.json")
-        base, origin = _load_base(adapter, metrics)
+        base, origin = _load_base(trained, metrics)
         with atomic_folder(to) as partial, tempfile.TemporaryDirectory() as scratch:
             reference = Path(scratch) / "reference.safetensors"
-            _write_weights(base, adapter, form, partial, reference)
+            _write_weights(base, trained, form, partial, reference)
             difference = check_logits(partial, reference, form.torch_dtype)
             for name in ("config.yaml", "metrics.json"):
                 shutil.copyfile(run / name, partial / name)
             report = _copy_report(run, partial)
             card = model_card(form.address or to.name, base.name, metrics, report, adapter_only=form.adapter_only)
             (partial / "README.md").write_text(card, encoding="utf-8")
-            provenance = _provenance(metrics, origin, adapter, form, difference)
+            provenance = _provenance(metrics, origin, trained, form, difference)
             provenance["sha256"] = folder_sha256(partial, leave_out=PROVENANCE)
             text = json.dumps(provenance, indent=2, ensure_ascii=False) + "\n"
             (partial / PROVENANCE).write_text(text, encoding="utf-8")
@@ -120,24 +123,25 @@ def publish_to_hub(run: Path, place: HubPlace, form: Form | None = None) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / place.repo.split("/")[1]
         publish(run, folder, replace(form or Form(), address=place.repo))
-        digest = read_json(folder / PROVENANCE)["adapter_sha256"]
+        digest = read_json(folder / PROVENANCE)["trained_sha256"]
         return upload(folder, place, default_tag=f"run-{digest[:12]}")
 
 
-def _load_base(adapter: Path, metrics: dict[str, Any]) -> tuple[CausalLM, dict[str, Any]]:
+def _load_base(trained: Path, metrics: dict[str, Any]) -> tuple[CausalLM, dict[str, Any]]:
     """The base in float32, and where it is from.
 
     Raises:
         CheckpointError: its weights are not those that the adapter was trained on.
     """
-    name = str(read_json(adapter / "adapter_config.json")["base_model_name_or_path"])
+    adapter = trained / "adapter_config.json"
+    name = str(read_json(adapter)["base_model_name_or_path"] if adapter.is_file() else metrics["model"])
     base = load_causal_lm(name, device="cpu", dtype="float32")
     trained_on = metrics.get("base")
-    if trained_on is not None:
+    if trained_on is not None and "weights_sha256" in trained_on:
         found = weights_sha256(base.model, getattr(torch, trained_on["dtype"]))
         if found != trained_on["weights_sha256"]:
             raise CheckpointError(
-                f"adapter {adapter} was trained on another base: {name!r} has other weights now; publish with the "
+                f"{trained} was trained on another base: {name!r} has other weights now; publish with the "
                 "weights it was trained on, or run the alignment again"
             )
     origin = {"name": name, "revision": base_revision(base.model), "weights_sha256": weights_sha256(base.model)}
@@ -149,18 +153,6 @@ def _copy_report(run: Path, to: Path) -> dict[str, Any] | None:
         if (run / name).is_file():
             shutil.copyfile(run / name, to / name)
     return read_report(run)
-
-
-def _finished_adapter(run: Path) -> Path:
-    adapter = run / "adapter"
-    if not run.is_dir():
-        raise CheckpointError(f"no run folder at {run}; expected the run_dir of an alignment")
-    if not (adapter / "adapter_config.json").is_file():
-        raise CheckpointError(f"run folder {run} holds no adapter: its training has not finished; run it again")
-    for name in ("config.yaml", "metrics.json", "adapter/adapter_model.safetensors"):
-        if not (run / name).is_file():
-            raise CheckpointError(f"run folder {run} holds no {name}; it is damaged, run the alignment again")
-    return adapter
 
 
 @contextmanager
@@ -183,35 +175,43 @@ def _only_writer(to: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot publish to {to}: {error.strerror or error}; nothing is left there") from None
 
 
-def _write_weights(base: CausalLM, adapter: Path, form: Form, folder: Path, reference: Path) -> None:
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    try:
-        model = PeftModel.from_pretrained(base.model, adapter, use_safetensors=True).eval()
-    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        problem = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"adapter {adapter} does not fit its base {base.name!r}: {problem}") from None
+def _write_weights(base: CausalLM, trained: Path, form: Form, folder: Path, reference: Path) -> None:
+    model = _trained_model(base, trained)
     ids = probe(base.tokenizer, model.config.vocab_size)
     with torch.inference_mode():
         write_references(ids, model(input_ids=ids).logits, whole=reference, kept=folder / KEPT_REFERENCE)
     if form.adapter_only:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.copyfile(adapter / name, folder / name)
+            shutil.copyfile(trained / name, folder / name)
         return
-    model.merge_and_unload().to(form.torch_dtype).save_pretrained(folder, max_shard_size=_SHARD)
+    whole = model if trained.name == MODEL else model.merge_and_unload()
+    whole.to(form.torch_dtype).save_pretrained(folder, max_shard_size=_SHARD)
     base.tokenizer.save_pretrained(folder)
 
 
+def _trained_model(base: CausalLM, trained: Path) -> Any:
+    """In float32; an adapter stays apart from its base."""
+    if trained.name == MODEL:
+        return load_causal_lm(trained, device="cpu", dtype="float32").model
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        return PeftModel.from_pretrained(base.model, trained, use_safetensors=True).eval()
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        problem = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"adapter {trained} does not fit its base {base.name!r}: {problem}") from None
+
+
 def _provenance(
-    metrics: dict[str, Any], origin: dict[str, Any], adapter: Path, form: Form, difference: float
+    metrics: dict[str, Any], origin: dict[str, Any], trained: Path, form: Form, difference: float
 ) -> dict[str, Any]:
     return {
         "base": origin,
-        "adapter_sha256": file_sha256(adapter / "adapter_model.safetensors"),
+        "trained_sha256": combined_sha256(trained),
         "data": metrics["data"],
         "weights": {
-            "merged_in": None if form.adapter_only else "float32",
+            "merged_in": None if form.adapter_only or trained.name == MODEL else "float32",
             "stored_in": str(form.torch_dtype).removeprefix("torch."),
             "logit_difference": difference,
             "tolerance": TOLERANCE[form.torch_dtype],

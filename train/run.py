@@ -10,15 +10,14 @@ import torch
 from numpy.typing import NDArray
 
 from terselm.errors import ModelError
-from terselm.models import load_causal_lm
 from terselm.train.callbacks import MEASURE
-from terselm.train.config import AlignConfig
+from terselm.train.config import AlignConfig, Method
 from terselm.train.evaluation import HeldOutText, score
 from terselm.train.hardware import describe_hardware, describe_versions, pick_precision
-from terselm.train.lora import add_adapter
 from terselm.train.provenance import git_commit, weights_sha256
 from terselm.train.run_folder import RunFolder
 from terselm.train.scoring import score_instead_of_logits
+from terselm.train.small_lm import load_small_lm, make_trainable
 from terselm.train.sources import Source
 from terselm.train.speed import tune
 from terselm.train.texts import Texts, read_texts
@@ -41,6 +40,7 @@ class Run:
     folder: RunFolder
     state: PartialState
     model: Any
+    tokenizer: Any
     texts: Texts
     reported: HeldOutText
     choosing: HeldOutText | None
@@ -148,14 +148,16 @@ def prepare(config: AlignConfig, folder: RunFolder, state: PartialState, sources
 
     precision = pick_precision(config.dtype, state.device)
     dtype = str(precision).removeprefix("torch.")
-    lm = load_causal_lm(config.model, device=str(state.device), dtype=dtype)
+    lm = load_small_lm(config, state.device, precision)
     texts = read_texts(config, lm, sources)
     schedule = schedule_rows(texts.rows, config)
     arguments = training_arguments(config, folder, rows=len(schedule), processes=state.num_processes)
     score_instead_of_logits(lm.model, autocast=None if precision == torch.float32 else precision)
-    base = {"name": config.model, "dtype": dtype, "weights_sha256": weights_sha256(lm.model, precision)}
+    base = {"name": config.model, "dtype": dtype}
+    if config.method is not Method.QLORA:  # rounded weights tell nothing of those that an adapter is merged into
+        base["weights_sha256"] = weights_sha256(lm.model, precision)
     set_seed(config.seed)  # the adapter's first values
-    model = add_adapter(lm.model, config.lora)
+    model = make_trainable(lm.model, config)
     tune(lm.model, config.engine)
     compute = {
         "device": state.device.type,
@@ -172,6 +174,7 @@ def prepare(config: AlignConfig, folder: RunFolder, state: PartialState, sources
         folder=folder,
         state=state,
         model=model,
+        tokenizer=lm.tokenizer,
         texts=texts,
         reported=reported,
         choosing=choosing,

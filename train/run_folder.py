@@ -1,8 +1,9 @@
 """The folder of a run: what is in it, what may go on, and what must not be touched.
 
-``config.yaml`` is there from the start, ``checkpoints/`` while training, ``metrics.json`` and ``adapter/`` at the end.
-``adapter/`` comes last and whole: where it is, the run is finished. A checkpoint is whole if it holds ``whole.json``,
-which is written last, and every file that is named there has the digest that is noted there.
+``config.yaml`` is there from the start, ``checkpoints/`` while training, ``metrics.json`` and ``adapter/`` at the end,
+or ``model/`` where all weights were trained. That comes last and whole: where it is, the run is finished. A checkpoint
+is whole if it holds ``whole.json``, which is written last, and every file that is named there has the digest that is
+noted there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from terselm.train.saving import clear_disk_errors
 
 _WHOLE = "whole.json"  # written into a checkpoint once every process has finished its part
 _FITTING = "rows_per_pass.json"
+ADAPTER = "adapter"
+MODEL = "model"
 
 
 @dataclass(frozen=True)
@@ -31,18 +34,20 @@ class RunFolder:
     Attributes:
         path: the folder.
         key: hash of the resolved config and the data.
+        result_name: of the folder within it that holds what was trained.
     """
 
     path: Path
     key: str
+    result_name: str = ADAPTER
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
     @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
+    def result(self) -> Path:
+        return self.path / self.result_name
 
     @property
     def metrics(self) -> Path:
@@ -57,7 +62,7 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"{self.path} is a file; set run_dir to a folder")
-        if self.adapter.exists():
+        if any((self.path / name).exists() for name in (ADAPTER, MODEL)):
             self._refuse_other(_read_key(self.metrics), "a finished run")
             return True
         for checkpoint in self._marked_checkpoints():
@@ -76,7 +81,7 @@ class RunFolder:
         """
         with clear_disk_errors(self.path, "the run cannot begin"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            for final in (self.adapter, self.metrics, self.path / "config.yaml"):
+            for final in (self.result, self.metrics, self.path / "config.yaml"):
                 remove_partials(final)
             with atomic_file(self.path / "config.yaml") as file:
                 file.write(config_yaml)
@@ -112,11 +117,11 @@ class RunFolder:
         return int(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
     def finish(self, metrics: dict[str, Any], save: Callable[[Path], None]) -> None:
-        """Write the metrics, then the adapter.
+        """Write the metrics, then what was trained.
 
         Args:
             metrics: what JSON can hold.
-            save: called with a folder to write the adapter into.
+            save: called with a folder to write it into.
 
         Raises:
             CheckpointError: the disk is full; the checkpoints are still there.
@@ -125,7 +130,7 @@ class RunFolder:
             with atomic_file(self.metrics) as file:
                 json.dump({"run_key": self.key, **metrics}, file, indent=2, allow_nan=False)
                 file.write("\n")
-            with atomic_folder(self.adapter) as partial:
+            with atomic_folder(self.result) as partial:
                 save(partial)
 
     def _marked_checkpoints(self) -> list[Path]:
@@ -137,6 +142,28 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path} holds {what} with other settings or data; set another run_dir or remove this folder"
             )
+
+
+def finished_result(run: Path) -> Path:
+    """The folder of what a finished run has trained: an adapter or a whole model.
+
+    Raises:
+        CheckpointError: there is no such run, it has not finished, or it is damaged.
+    """
+    if not run.is_dir():
+        raise CheckpointError(f"no run folder at {run}; expected the run_dir of an alignment")
+    needed = ["config.yaml", "metrics.json"]
+    if (run / MODEL / "config.json").is_file():
+        result = run / MODEL
+    elif (run / ADAPTER / "adapter_config.json").is_file():
+        result = run / ADAPTER
+        needed.append(f"{ADAPTER}/adapter_model.safetensors")
+    else:
+        raise CheckpointError(f"run folder {run} holds no adapter: its training has not finished; run it again")
+    for name in needed:
+        if not (run / name).is_file():
+            raise CheckpointError(f"run folder {run} holds no {name}; it is damaged, run the alignment again")
+    return result
 
 
 def run_key(config_yaml: str, data_sha256: str) -> str:

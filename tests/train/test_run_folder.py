@@ -102,12 +102,12 @@ def test_a_fault_while_saving_leaves_no_adapter(folder: RunFolder) -> None:
     folder.begin("")
     with pytest.raises(CheckpointError, match="no space left on device; the result could not be written; the check"):
         folder.finish({}, fail)
-    assert not folder.adapter.exists()
+    assert not folder.result.exists()
     assert not folder.is_finished()
 
 
 def test_an_adapter_without_metrics_is_damaged(folder: RunFolder) -> None:
-    folder.adapter.mkdir(parents=True)
+    folder.result.mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"metrics\.json is missing or damaged"):
         folder.is_finished()
 

@@ -17,6 +17,7 @@ from terselm.train.progress import say
 from terselm.train.report.metrics import LEAST_WORDS, compare_words, judge
 from terselm.train.report.page import draw_page
 from terselm.train.report.reading import ReportText, read_texts, read_words
+from terselm.train.run_folder import ADAPTER, MODEL
 from terselm.train.saving import clear_disk_errors
 
 REPORT = "report.json"
@@ -49,7 +50,7 @@ def write_report(run: Path, measurement: Measurement) -> dict[str, Any]:
         CheckpointError: the run is not finished or damaged, or the disk is full.
         ModelError: a model cannot be loaded.
     """
-    if not (run / "adapter").is_dir():
+    if not any((run / name).is_dir() for name in (ADAPTER, MODEL)):
         raise CheckpointError(f"{run} holds no finished run: there is no adapter in it; run the alignment first")
     metrics = _read_metrics(run)
     config = load_config(AlignConfig, run / "config.yaml")

@@ -119,6 +119,8 @@ def pick_device(device: str) -> Any:
 def resolve(name: str | Path) -> Path | str:
     """A local path for an alias, a folder or a GGUF file; a hub id as it is, or its download while the hub is away.
 
+    For a run folder that holds a whole model it is that model's.
+
     Raises:
         ModelError: a path that does not exist; an alias whose package is missing.
     """
@@ -126,7 +128,7 @@ def resolve(name: str | Path) -> Path | str:
         return convert_alias(str(name))
     path = Path(name).expanduser()
     if path.exists():
-        return path
+        return path / "model" if (path / "model" / "config.json").is_file() else path
     text = str(name)
     if isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/"):
         raise ModelError(f"no model at {text}; expected a folder with config.json, a run folder or an adapter")
