@@ -80,6 +80,12 @@ class Admission:
         finally:
             await self.budget.release(intent.bound_cost, ticket.cost, sent=ticket.sent)
 
+    def sending(self, ticket: Ticket) -> None:
+        """The request goes out now, and may cost all that it could."""
+        ticket.sent, ticket.cost = True, ticket.intent.bound_cost
+        if self._tokens is not None and ticket.tokens is not None:
+            self._tokens.sent(ticket.tokens)
+
     def settle(self, ticket: Ticket, outcome: Outcome, failure: Failure | None) -> None:
         """Count what a request really used, and adapt to how the endpoint bore it."""
         ticket.cost = outcome.cost

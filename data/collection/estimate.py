@@ -69,7 +69,7 @@ def estimate(
     """Judge by the answers that the ledger has what the others will take.
 
     Args:
-        pilot: ask so many requests first, drawn at random from those that are waiting; they are paid for, and count.
+        pilot: ask so many requests first, of all kinds that are waiting; they are paid for, and count.
 
     Raises:
         ConfigError: as `collect`; or ``pilot`` is negative.
@@ -83,10 +83,16 @@ def estimate(
         register(ledger, requests, out)
         if pilot:
             waiting = still_waiting(ledger, requests)
-            chosen = random.Random(settings.seed).sample(waiting, min(pilot, len(waiting)))
-            ask(ledger, chosen, settings, options)
+            ask(ledger, _spread(waiting, pilot, settings.seed), settings, options)
         known = _known(ledger, requests)
         return _estimate(known, still_waiting(ledger, requests), settings, price)
+
+
+def _spread(waiting: Sequence[Request], count: int, seed: int) -> list[Request]:
+    """A systematic sample: answers to the same kind of prompt are alike in length, so it takes its share of each."""
+    ordered = sorted(waiting, key=lambda r: (r.temperature, r.instruction.category or "", _bytes(r), r.id))
+    count, start = min(count, len(ordered)), random.Random(seed).random()
+    return [ordered[int((index + start) * len(ordered) / count)] for index in range(count)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ Time is the event loop's.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import heapq
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,31 +19,37 @@ WINDOW = 60.0
 
 @dataclass(eq=False)
 class Reservation:
-    """A share of a limit, from the moment it was granted."""
+    """A share of a limit.
 
-    granted: float
+    Attributes:
+        free_at: when it no longer counts.
+    """
+
     amount: int
-    counts: bool = True
+    sent: float
+    free_at: float
 
 
 class RollingLimit:
     """At most ``limit`` units in *any* window, not only in those that begin on the minute.
 
-    A unit counts from the moment it is granted. Whoever does not know yet how much it will use reserves the most, and
-    settles afterwards; what it did not use is free again at once.
+    The endpoint counts a request when it arrives there, which is some time after it was sent and before it was
+    answered. So a unit counts for a window from the answer on, or from ``lag`` after it was sent, if that is earlier.
+    Whoever does not know yet how much it will use reserves the most, and settles afterwards; what it did not use is
+    free again at once.
 
     Args:
         limit: units in a window.
         window: seconds.
-        slack: seconds for which a unit counts longer, since requests take differently long to reach the endpoint,
-            which measures there.
+        lag: seconds that a request takes at most to arrive.
         name: for messages.
     """
 
-    def __init__(self, limit: int, *, window: float = WINDOW, slack: float = 0.5, name: str = "units") -> None:
+    def __init__(self, limit: int, *, window: float = WINDOW, lag: float = 1.0, name: str = "units") -> None:
         self.limit, self.name = limit, name
-        self._kept = window + slack
-        self._reservations: deque[Reservation] = deque()
+        self._window, self._lag = window, lag
+        self._free: list[tuple[float, int, Reservation]] = []  # a heap; entries that were overtaken are passed over
+        self._count = 0
         self._used = 0
         self._turn = asyncio.Lock()  # first come, first served: a large request is not starved by small ones
         self._freed = asyncio.Event()
@@ -66,35 +72,49 @@ class RollingLimit:
                 if self._used + amount <= self.limit:
                     return self._grant(now, amount)
                 self._freed.clear()
-                oldest = self._reservations[0].granted
                 try:
-                    async with asyncio.timeout(max(1e-3, oldest + self._kept - now)):
+                    async with asyncio.timeout(max(1e-3, self._free[0][0] - now)):
                         await self._freed.wait()
                 except TimeoutError:
                     continue
 
+    def sent(self, reservation: Reservation) -> None:
+        """Say that the request goes out only now."""
+        reservation.sent = asyncio.get_running_loop().time()
+        self._keep(reservation, reservation.sent + self._lag + self._window)
+
     def settle(self, reservation: Reservation, used: int) -> None:
-        """Say what was really used; nothing happens where the reservation is forgotten already."""
-        if reservation.counts and used != reservation.amount:
-            self._used += used - reservation.amount
-            reservation.amount = used
-            self._freed.set()
+        """Say what was really used, once the answer is there."""
+        now = asyncio.get_running_loop().time()
+        if reservation.free_at <= now:
+            return
+        self._used += used - reservation.amount
+        reservation.amount = used
+        self._keep(reservation, min(now, reservation.sent + self._lag) + self._window)
+        self._freed.set()
 
     def remember(self, ago: float, amount: int) -> None:
-        """Count what another process used, ``ago`` seconds before now; from the oldest on, before anything else."""
+        """Count what another process used, ``ago`` seconds before now."""
         self._grant(asyncio.get_running_loop().time() - ago, amount)
 
     def _grant(self, when: float, amount: int) -> Reservation:
-        reservation = Reservation(granted=when, amount=amount)
-        self._reservations.append(reservation)
+        reservation = Reservation(amount=amount, sent=when, free_at=0.0)
         self._used += amount
+        self._keep(reservation, when + self._lag + self._window)
         return reservation
 
+    def _keep(self, reservation: Reservation, until: float) -> None:
+        if until == reservation.free_at:  # twice in the heap, it would be taken out twice
+            return
+        self._count += 1
+        reservation.free_at = until
+        heapq.heappush(self._free, (until, self._count, reservation))
+
     def _forget(self, now: float) -> None:
-        while self._reservations and self._reservations[0].granted + self._kept <= now:
-            gone = self._reservations.popleft()
-            gone.counts = False
-            self._used -= gone.amount
+        while self._free and self._free[0][0] <= now:
+            until, _, reservation = heapq.heappop(self._free)
+            if until == reservation.free_at:
+                self._used -= reservation.amount
 
 
 class AdaptiveConcurrency:

@@ -126,7 +126,7 @@ class _Run:
         async with self.gate.ticket(intent) as ticket:
             await self.commits.commit(lambda: self.ledger.begin([intent]))
             self.attempts[task.id] = intent.number
-            ticket.sent, ticket.cost = True, intent.bound_cost
+            self.gate.sending(ticket)
             with self.progress.in_flight():
                 outcome, failure = await self._send(client, task, intent, last)
             await self.commits.commit(lambda: self.ledger.finish([outcome]))

@@ -228,7 +228,7 @@ def test_tokens_per_minute_through_the_whole_client(
     """With a window of a second; the server measures."""
     window = 1.0
     monkeypatch.setattr(
-        admission, "_limit", lambda limit, name: limit and RollingLimit(limit, window=window, slack=0.1, name=name)
+        admission, "_limit", lambda limit, name: limit and RollingLimit(limit, window=window, lag=0.3, name=name)
     )
     server.keep_requests = True
     server.faults = Faults(latency=(0.0, 0.05))

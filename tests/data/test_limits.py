@@ -55,10 +55,12 @@ async def ask(limit: RollingLimit, *, workers: int, until: float, seed: int = 0)
     async def work() -> None:
         while loop.time() < until:
             reservation = await limit.reserve(400)
-            await asyncio.sleep(chance.uniform(0.0, 0.4))  # on the way
+            await asyncio.sleep(chance.uniform(0.0, 0.4))  # written down first
+            limit.sent(reservation)
+            await asyncio.sleep(chance.uniform(0.0, 0.9))  # on the way
             amount = chance.randint(100, 350)
             used.append((loop.time(), amount))
-            await asyncio.sleep(chance.uniform(0.2, 2.0))
+            await asyncio.sleep(chance.uniform(0.1, 2.0))
             limit.settle(reservation, amount)
 
     async with asyncio.TaskGroup() as group:
@@ -87,7 +89,7 @@ def test_no_window_passes_it(limit: int, workers: int, window: float, seed: int)
 
 def test_what_another_process_used_counts() -> None:
     async def main() -> float:
-        limit = RollingLimit(100, slack=0)
+        limit = RollingLimit(100, lag=0)
         limit.remember(50.0, 70)
         limit.remember(10.0, 20)
         await limit.reserve(10)
@@ -99,7 +101,7 @@ def test_what_another_process_used_counts() -> None:
 
 def test_a_large_request_is_not_starved_by_small_ones() -> None:
     async def main() -> list[int]:
-        limit, order = RollingLimit(100, slack=0), []
+        limit, order = RollingLimit(100, lag=0), []
 
         async def take(amount: int) -> None:
             await limit.reserve(amount)
@@ -123,7 +125,7 @@ def test_on_a_real_clock() -> None:
     window = 0.5
 
     async def main() -> list[tuple[float, int]]:
-        limit, used = RollingLimit(1000, window=window, slack=0.02), []
+        limit, used = RollingLimit(1000, window=window, lag=0.02), []
 
         async def work() -> None:
             while time.monotonic() - started < 2.0:
