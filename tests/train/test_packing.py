@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_training import example, make_model, surprisals
 
 from terselm.train.attention import PACKED_ATTENTION
-from terselm.train.packing import IGNORED, collate, pack
+from terselm.train.packing import IGNORED, best_fit, collate, fill_in_pairs, pack, pack_lengths
 from terselm.train.scoring import score_instead_of_logits
 
 
@@ -22,11 +23,30 @@ def test_every_example_is_in_one_row_that_holds_it(lengths: list[int]) -> None:
     rows = pack(examples, 32)
     assert sorted(e.record for row in rows for e in row) == list(range(len(lengths)))
     assert all(0 < sum(map(len, row)) <= 32 for row in rows)
-    left = sorted(32 - sum(map(len, row)) for row in rows)
-    assert left == sorted(best_fit(sorted(lengths, reverse=True), 32))
+    assert len(rows) <= len(room_left(sorted(lengths, reverse=True), 32))
 
 
-def best_fit(sizes: list[int], capacity: int) -> list[int]:
+@pytest.mark.parametrize("put", [best_fit, fill_in_pairs])
+@given(lengths=st.lists(st.integers(1, 32), max_size=60))
+def test_nothing_is_lost_or_cut(put: Callable[[list[int], int], list[list[int]]], lengths: list[int]) -> None:
+    rows = put(lengths, 32)
+    assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[place] for place in row) <= 32 for row in rows)
+
+
+@given(st.lists(st.integers(1, 32), max_size=60))
+def test_best_fit_leaves_the_least_room(lengths: list[int]) -> None:
+    left = [32 - sum(lengths[place] for place in row) for row in best_fit(lengths, 32)]
+    assert sorted(left) == sorted(room_left(sorted(lengths, reverse=True), 32))
+
+
+def test_lengths_that_are_much_alike_fill_rows_too() -> None:
+    lengths = np.random.default_rng(0).normal(190, 50, 7000).clip(60, 500).astype(int).tolist()
+    assert sum(lengths) / (1024 * len(best_fit(lengths, 1024))) < 0.99
+    assert sum(lengths) / (1024 * len(pack_lengths(lengths, 1024))) > 0.99
+
+
+def room_left(sizes: list[int], capacity: int) -> list[int]:
     """The room left in each row, found by looking at every row."""
     rooms: list[int] = []
     for size in sizes:
