@@ -61,6 +61,7 @@ def align(config: AlignConfig, *, resume: bool = True, dry_run: bool = False) ->
     target = report_target(config)
     if finished:
         tell(f"{folder.path} holds this very run, finished; nothing to do")
+        state.wait_for_everyone()  # the first process must not be gone while the others still look for it
         if state.is_main_process and not (folder.path / REPORT).exists():
             _report(folder, target, state)
         return folder
