@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["PlainText", "score_texts", "tokens_at_once"]
 
-_LOGIT_BYTES = {"cpu": 1 << 30, "cuda": 1 << 33}
+_LOGIT_BYTES = 1 << 30
 """Memory for the logits of a pass; several copies of them live at once."""
+_LOGIT_BYTES_CUDA = 1 << 33
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,13 @@ def score_texts(lm: CausalLM, texts: Sequence[PlainText], top_k: int = 0) -> Ite
 
 def tokens_at_once(lm: CausalLM) -> int:
     """How many positions a pass may hold, by the memory that their logits take."""
-    vocabulary = int(lm.model.config.get_text_config().vocab_size)
-    return max(256, _LOGIT_BYTES.get(lm.model.device.type, 1 << 30) // (4 * vocabulary))
+    room = _LOGIT_BYTES
+    if lm.model.device.type == "cuda":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(lm.model.device)
+        room = min(_LOGIT_BYTES_CUDA, free // 4)
+    return max(256, room // (4 * int(lm.model.config.get_text_config().vocab_size)))
 
 
 def _pieces(index: int, ids: list[int], window: int) -> Iterator[_Piece]:
