@@ -71,7 +71,7 @@ def prompt(number: int) -> str:
 def kill_at_random(process: subprocess.Popen[bytes], watch: Watch, chance: random.Random) -> None:
     """At some time after the start, or after some more answers; at the latest before the work is done."""
     until = time.monotonic() + chance.uniform(0.1, 2.0) if chance.random() < 0.2 else float("inf")
-    more = watch.ended() + chance.randint(0, 34)
+    more = watch.ended() + (30 if until < float("inf") else chance.randint(0, 22))
     while time.monotonic() < until and watch.ended() < more:
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.005)
