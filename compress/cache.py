@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +16,7 @@ from terselm.compress.forward import Forward, grain
 from terselm.compress.units import Ints
 
 _GRAIN = 256
+_PASSES_BETWEEN_TRIMS = 16
 
 
 class Memory(Protocol):
@@ -49,22 +52,23 @@ class SlotCache(Cache):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.used = 0
+        self.shown = 0  # slots that the next pass attends to, or masks: at least the used ones and its own
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write ``(B, H, S, D)`` keys and values behind the used slots; return all ``(B, H, used + S, D)``."""
+        """Write ``(B, H, S, D)`` keys and values behind the used slots; return ``(B, H, shown, D)``."""
         end = self.used + key_states.shape[2]
         if layer_idx == len(self._buffers):
-            self._buffers.append((_grown(None, key_states, end), _grown(None, value_states, end)))
+            self._buffers.append((_grown(None, key_states, self.shown), _grown(None, value_states, self.shown)))
         keys, values = self._buffers[layer_idx]
-        if keys.shape[2] < end:
-            keys, values = _grown(keys, key_states, end), _grown(values, value_states, end)
+        if keys.shape[2] < self.shown:
+            keys, values = _grown(keys, key_states, self.shown), _grown(values, value_states, self.shown)
             self._buffers[layer_idx] = keys, values
         keys[:, :, self.used : end] = key_states
         values[:, :, self.used : end] = value_states
-        return keys[:, :, :end], values[:, :, :end]
+        return keys[:, :, : self.shown], values[:, :, : self.shown]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.used
@@ -81,6 +85,7 @@ class EagerMemory:
     def __init__(self, forward: Forward) -> None:
         self._forward = forward
         self._cache = SlotCache()
+        self._passes = 0
 
     @property
     def used(self) -> int:
@@ -93,9 +98,16 @@ class EagerMemory:
     def read(self, ids: Ints, positions: Ints, slots: Ints) -> Tensor:
         device = self._forward.device
         length = ids.shape[1]
-        if device.type == "cpu" and (excess := -length % grain(length)):
+        if device.type == "cpu":
+            self._passes += 1
+            if self._passes % _PASSES_BETWEEN_TRIMS == 0:
+                _trim()
+            excess = -length % grain(length)
+            total = self.used + length + excess
             ids = np.pad(ids, ((0, 0), (0, excess)))
-            positions, slots = (np.pad(a, ((0, 0), (0, excess)), constant_values=-1) for a in (positions, slots))
+            positions = np.pad(positions, ((0, 0), (0, excess)), constant_values=-1)
+            slots = np.pad(slots, ((0, 0), (0, excess + -total % grain(total))), constant_values=-1)
+        self._cache.shown = slots.shape[1]
         new = torch.arange(self.used, self.used + ids.shape[1], device=device)
         tokens, places, held = (
             torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in (ids, positions, slots)
@@ -107,6 +119,12 @@ class EagerMemory:
 
     def clear(self) -> None:
         self._cache = SlotCache()
+
+
+def _trim() -> None:
+    """Have the C library return what is free: as a prefix grows, each pass needs larger pieces than were freed."""
+    with suppress(OSError, AttributeError):  # other systems than Linux with glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _grown(old: Tensor | None, like: Tensor, slots: int) -> Tensor:
