@@ -92,10 +92,12 @@ def test_one_sentence_when_it_does_not(tmp_path: Path, rows: list[dict[str, Any]
 
 
 def test_a_json_array_is_told_how_to_become_lines(tmp_path: Path) -> None:
-    """As alpaca_data.json comes: one array over many lines."""
+    """As alpaca_data.json comes, one array over many lines; under its own name it is read."""
     path = tmp_path / "alpaca.json"
     path.write_text(json.dumps([{"instruction": "a", "output": "b"}], indent=2))
-    with pytest.raises(DataFormatError, match=r"alpaca\.json:1: a JSON array; .*jq -c"):
+    assert [record.response for record in read_records(path)] == ["b"]
+    path = path.rename(tmp_path / "alpaca.jsonl")
+    with pytest.raises(DataFormatError, match=r"alpaca\.jsonl:1: a JSON array; .*jq -c"):
         list(read_records(path))
 
 

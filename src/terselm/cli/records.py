@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from terselm.cli.app import app
-from terselm.errors import ConfigError, DataFormatError
+from terselm.errors import ConfigError
 
-if TYPE_CHECKING:
-    from terselm.data.records import Record
-
-_log = logging.getLogger(__name__)
 _data = typer.Typer(help="Look at, check and convert files of records and instructions.", no_args_is_help=True)
 app.add_typer(_data, name="data")
 _Records = Annotated[Path, typer.Argument(help="Records: ours, alpaca, sharegpt, messages or prompt/completion.")]
@@ -27,24 +21,27 @@ _Out = Annotated[Path, typer.Option(help="File to write; it must not exist.")]
 @_data.command()
 def stats(records: _Records) -> None:
     """Count records, prompts, tokens, models and lengths."""
+    from terselm.data.records import read_records
     from terselm.data.summaries import statistics
 
-    print(json.dumps(asdict(statistics(_read(records))), indent=2, ensure_ascii=False))
+    print(json.dumps(asdict(statistics(read_records(records))), indent=2, ensure_ascii=False))
 
 
 @_data.command()
 def validate(records: _Records) -> None:
     """Read every line; the first that is wrong is named, with status 2."""
-    print(f"{sum(1 for _ in _read(records)):,} records, all well-formed")
+    from terselm.data.records import read_records
+
+    print(f"{sum(1 for _ in read_records(records)):,} records, all well-formed")
 
 
 @_data.command()
 def convert(records: _Records, out: _Out) -> None:
     """Write records of any format in our own, as JSON Lines."""
-    from terselm.data.records import write_records
+    from terselm.data.records import read_records, write_records
 
     _new(out)
-    write_records(out, _read(records))
+    write_records(out, read_records(records))
 
 
 @_data.command()
@@ -56,10 +53,10 @@ def split(
     seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 0,
 ) -> None:
     """Split by instruction: all answers to one prompt land on the same side."""
-    from terselm.data.records import split_by_instruction, write_records
+    from terselm.data.records import read_records, split_by_instruction, write_records
 
     _new(out, held_out)
-    sides = split_by_instruction(_read(records), share, seed)
+    sides = split_by_instruction(read_records(records), share, seed)
     for path, side in zip((out, held_out), sides, strict=True):
         write_records(path, side)
     print(f"{len(sides[0]):,} records in {out}, {len(sides[1]):,} in {held_out}")
@@ -92,26 +89,6 @@ def instructions(
         raise ConfigError(f"nothing is left of {source}: {counts}")
     write_instructions(out, kept)
     print(json.dumps({"instructions": len(kept), **counts}, indent=2))
-
-
-def _read(path: Path) -> Iterator[Record]:
-    """Records of a file; Parquet, CSV and JSON are read by rows."""
-    from terselm.data.formats import Reader, detect_format
-    from terselm.data.records import read_records
-    from terselm.data.sources.rows import read_rows
-
-    if path.suffix.lower() not in (".parquet", ".csv", ".json"):
-        yield from read_records(path)
-        return
-    reader: Any = None
-    for number, row in read_rows(str(path)):
-        try:
-            reader = reader or Reader(detect_format(row))
-            yield reader.record(row)
-        except ValueError as error:
-            raise DataFormatError(path, number, str(error)) from None
-    if reader is None:
-        raise DataFormatError(path, None, "holds no records")
 
 
 def _new(*paths: Path) -> None:
