@@ -36,6 +36,7 @@ from against_llmlingua.prompts import PromptMaker, bundled, gsm8k
 from against_llmlingua.report import ratios, table
 from against_llmlingua.weights import SHAPES, random_model
 
+from terselm.compress.evaluation.peer import translate_model
 from terselm.errors import ConfigError, TerseLMError
 from terselm.files import atomic_file
 from terselm.models import load_tokenizer
@@ -97,7 +98,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         folder = model_folder(options.model)
         if options.shape:
             folder = random_model(options.shape, folder, Path(scratch) / "own", device, dtype)
-        translated = environment.peer_model(folder, Path(scratch) / "peer", dtype)
+        translated = translate_model(folder, Path(scratch) / "peer", dtype)
         tokenizer = load_tokenizer(folder)
 
         def encode(text: str) -> list[int]:

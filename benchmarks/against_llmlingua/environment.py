@@ -1,4 +1,4 @@
-"""The peer's virtual environment, and the model's folder in a form that its old transformers can read."""
+"""The peer's virtual environment."""
 
 from __future__ import annotations
 
@@ -60,32 +60,6 @@ def peer_python(folder: Path, wheels: Path | None) -> Path:
         (site / "running_interpreter.pth").write_text(f"{Path(ours.__file__).parents[1]}\n", encoding="utf-8")
     (folder / _STAMP).write_text(json.dumps(made) + "\n", encoding="utf-8")
     return python
-
-
-def peer_model(source: Path, target: Path, dtype: str) -> Path:
-    """A folder with the weights of ``source`` (linked) and its configuration as transformers 4 wrote it.
-
-    Raises:
-        ConfigError: a model that transformers 4.46 cannot be told about this way.
-    """
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    rope: dict[str, Any] = config.pop("rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default" or any(isinstance(value, dict) for value in rope.values()):
-        raise ConfigError(f"{source} scales its rotary positions ({rope}); choose a model that does not")
-    if "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]
-    config.pop("dtype", None)
-    config["torch_dtype"] = dtype
-    target.mkdir()
-    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    tokenizer = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
-    if tokenizer.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name for it
-        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (target / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    shutil.copy(source / "tokenizer.json", target)
-    for file in [*source.glob("*.safetensors"), *source.glob("*.safetensors.index.json")]:
-        (target / file.name).symlink_to(file.absolute())
-    return target
 
 
 def _stamp(folder: Path) -> Any:
