@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from terselm.train.kernels import nll_and_slopes
+from terselm.train.surprisal_kernel import nll_and_slopes
 
 _LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}
 

@@ -61,7 +61,7 @@ def _load_in_4_bits(name: str, device: torch.device, precision: torch.dtype) -> 
     from importlib.util import find_spec
 
     if find_spec("bitsandbytes") is None:
-        raise ConfigError("method=qlora needs bitsandbytes; run: pip install bitsandbytes, or set method=lora")
+        raise ConfigError("method=qlora needs bitsandbytes; run: pip install 'terselm[qlora]', or set method=lora")
     if device.type == "cpu":
         raise ConfigError("method=qlora needs a GPU, and there is none; set method=lora")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

@@ -105,6 +105,7 @@ def test_train_shadows_nothing() -> None:
     assert "align" in stems
     assert not stems & sys.stdlib_module_names
     assert not stems & top_level_names_of_dependencies()
+    assert not stems & {"kernels", "triton_kernels", "liger_kernel", "flash_attn"}  # transformers tries these
 
 
 def top_level_names_of_dependencies() -> set[str]:

@@ -83,7 +83,7 @@ def test_what_does_not_go_together_is_refused(make: Callable[[], object]) -> Non
 def test_without_bitsandbytes_4_bits_take_one_sentence(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = AlignConfig(model=str(tiny_model), method=Method.QLORA)
-    with pytest.raises(ConfigError, match="method=qlora needs bitsandbytes; run: pip install bitsandbytes"):
+    with pytest.raises(ConfigError, match=r"method=qlora needs bitsandbytes; run: pip install 'terselm\[qlora\]'"):
         load_small_lm(config, torch.device("cpu"), torch.float32)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with pytest.raises(ConfigError, match="method=qlora needs a GPU, and there is none"):
