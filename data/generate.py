@@ -127,7 +127,9 @@ class _Row:
         import torch
 
         self.prompt = encode(self.lm, self.query.prompt, self.limits.max_new_tokens)
-        self.generator = torch.Generator().manual_seed(self.query.seed)
+        # With a whole vocabulary to draw from, the numbers are too many to be carried to a GPU.
+        device = "cpu" if self.limits.top_k else self.lm.model.device
+        self.generator = torch.Generator(device=device).manual_seed(self.query.seed)
         self.ends = _end_ids(self.lm)
         # A token is at least a byte, so a stop string that has just been completed lies within so many tokens.
         self._tail = max((len(stop.encode()) for stop in self.query.stop), default=0) + 1
@@ -185,13 +187,12 @@ def _choose(logits: Tensor, rows: Sequence[_Row], limits: Limits) -> Tensor:
     if sampled:
         temperatures = logits.new_tensor([rows[index].query.temperature for index in sampled])
         generators = [rows[index].generator for index in sampled]
-        draw = _draw_from_top if limits.top_k else _draw_from_all
-        chosen[sampled] = draw(logits[sampled], temperatures[:, None], generators, limits)
+        chosen[sampled] = _draw(logits[sampled], temperatures[:, None], generators, limits)
     return chosen
 
 
-def _draw_from_top(logits: Tensor, temperatures: Tensor, generators: Sequence[Generator], limits: Limits) -> Tensor:
-    """By the Gumbel-max trick, with a random number for each of the ``top_k`` tokens.
+def _draw(logits: Tensor, temperatures: Tensor, generators: Sequence[Generator], limits: Limits) -> Tensor:
+    """By the Gumbel-max trick: unlike a draw from sums of probabilities, rounding hardly ever turns it.
 
     Args:
         logits: ``(S, V)`` float32.
@@ -201,35 +202,15 @@ def _draw_from_top(logits: Tensor, temperatures: Tensor, generators: Sequence[Ge
     """
     import torch
 
-    count = min(limits.top_k, logits.shape[1])
+    count = min(limits.top_k or logits.shape[1], logits.shape[1])
     top, tokens = logits.topk(count)  # (S, K), descending
     log_p = (top / temperatures).log_softmax(-1)
     before = log_p.exp().cumsum(-1) - log_p.exp()
     log_p = log_p.masked_fill(before >= limits.top_p, float("-inf"))
-    noise = torch.stack([torch.rand(count, generator=generator) for generator in generators])
+    noise = torch.stack([torch.rand(count, generator=g, device=g.device) for g in generators])
     gumbel = -(-noise.clamp(min=1e-20).log()).log()
     best = (log_p + gumbel.to(log_p.device)).argmax(-1, keepdim=True)
     return tokens.gather(1, best)[:, 0]
-
-
-def _draw_from_all(logits: Tensor, temperatures: Tensor, generators: Sequence[Generator], limits: Limits) -> Tensor:
-    """By the inverse of the distribution function: one random number a row, however large the vocabulary.
-
-    Arguments and result as `_draw_from_top`.
-    """
-    import torch
-
-    p = (logits / temperatures).softmax(-1)
-    tokens = None
-    if limits.top_p < 1:
-        p, tokens = p.sort(dim=-1, descending=True)
-        p = p.masked_fill(p.cumsum(-1) - p >= limits.top_p, 0.0)
-    reached = p.cumsum(-1)
-    u = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(reached.device)
-    # Below the sum, so that a token without probability is never reached.
-    level = (u[:, None] * reached[:, -1:]).clamp(max=torch.nextafter(reached[:, -1:], torch.zeros_like(u[:, None])))
-    place = torch.searchsorted(reached, level, right=True)  # (S, 1)
-    return (place if tokens is None else tokens.gather(1, place))[:, 0]
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], lm: CausalLM) -> tuple[Tensor, Tensor]:
