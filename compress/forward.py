@@ -33,6 +33,7 @@ class Forward:
         self._transforms = any(getattr(self._config, name, None) for name in _LOGIT_TRANSFORMS)
         self.parameters = int(lm.model.num_parameters())
         self.device: torch.device = lm.model.device
+        self._dtype: torch.dtype = lm.model.dtype  # of the activations; int8 weights have none
         self._kernel = fused_nll() if self.device.type == "cuda" else None
         self._widens = (
             self.device.type == "cuda"
@@ -56,7 +57,7 @@ class Forward:
         config = self._config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return int(2 * config.num_hidden_layers * heads * size * self._head.weight.dtype.itemsize)
+        return int(2 * config.num_hidden_layers * heads * size * self._dtype.itemsize)
 
     def extend(self, ids: Tensor, positions: Tensor, slots: Tensor, new: Tensor, cache: Any) -> Tensor:
         """Last hidden states ``(B, S, H)`` of new tokens ``(B, S)``, whose keys and values enter ``cache``.
@@ -111,8 +112,8 @@ class Forward:
         mask = mask[:, None]  # (B, 1, S, C)
         if self._config._attn_implementation == "sdpa":
             return mask
-        blocked = torch.finfo(self._head.weight.dtype).min
-        return torch.zeros_like(mask, dtype=self._head.weight.dtype).masked_fill(~mask, blocked)
+        blocked = torch.finfo(self._dtype).min
+        return torch.zeros_like(mask, dtype=self._dtype).masked_fill(~mask, blocked)
 
     def _logits(self, states: Tensor) -> Tensor:
         """``(N, V)``, float32 where the GPU can multiply into it: bfloat16 knows no step finer than 1/8 at 16."""

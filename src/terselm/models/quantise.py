@@ -22,8 +22,8 @@ def quantise_linear_layers(model: Any, tokenizer: Any) -> Any:
     """The float32 model with int8 weights (one scale a row) and int8 activations (one scale a matrix, found each pass).
 
     A layer stays float32 where a few activations are so large that int8 would leave too little of the others: where,
-    on a short text, rounding moves the median token's activations by more than 20%. So do the embeddings, the norms,
-    attention, and the output head.
+    on a short text, rounding moves the median token's activations by more than 20%. So do the embeddings, the norms
+    and attention.
 
     Args:
         model: a transformers model on the CPU; it is changed.
@@ -44,14 +44,14 @@ def quantise_linear_layers(model: Any, tokenizer: Any) -> Any:
             raise ModelError(
                 f"torch {torch.__version__} no longer has dynamic quantisation; choose dtype float32 or bfloat16"
             ) from None
-        errors = _rounding_errors(model.base_model, tokenizer)
+        errors = _rounding_errors(model, tokenizer)
         layers = {name: per_channel_dynamic_qconfig for name, error in errors.items() if error <= _MOST_ERROR}
         with _engine("onednn"):
-            quantize_dynamic(model.base_model, layers, inplace=True)  # type: ignore[no-untyped-call]
+            quantize_dynamic(model, layers, inplace=True)  # type: ignore[no-untyped-call]
     return model
 
 
-def _rounding_errors(body: Any, tokenizer: Any) -> dict[str, float]:
+def _rounding_errors(model: Any, tokenizer: Any) -> dict[str, float]:
     """By linear layer: |x − int8(x)| / |x| of its input, the median over the tokens of a text."""
     import torch
 
@@ -68,12 +68,12 @@ def _rounding_errors(body: Any, tokenizer: Any) -> dict[str, float]:
 
     hooks = [
         module.register_forward_pre_hook(watch(name))
-        for name, module in body.named_modules()
+        for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
     ]
     try:
         with torch.inference_mode():
-            body(input_ids=tokenizer(_PROBE, return_tensors="pt")["input_ids"], use_cache=False)
+            model(input_ids=tokenizer(_PROBE, return_tensors="pt")["input_ids"], use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
