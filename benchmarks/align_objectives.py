@@ -24,7 +24,8 @@ from alignment_quality.generate import generate
 from terselm.data.records import Record
 from terselm.files import atomic_file
 from terselm.models import load_causal_lm
-from terselm.train.config import LossOn, ObjectiveSettings
+from terselm.train.choices import LossOn
+from terselm.train.config import ObjectiveSettings
 from terselm.train.hardware import describe_hardware, describe_versions
 from terselm.train.progress import quieten_libraries
 from terselm.train.report.metrics import LEAST_WORDS, compare_words

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from terselm.config import dump_config
 from terselm.errors import TrainingError
 from terselm.models import load_tokenizer
-from terselm.train.config import AlignConfig, Method
+from terselm.train.choices import Method
+from terselm.train.config import AlignConfig
 from terselm.train.dry_run import estimate
 from terselm.train.evaluation import compare
 from terselm.train.fitting import fewer_rows, find_fitting, is_out_of_memory

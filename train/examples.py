@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from terselm.data.logprobs import ScoredText
 from terselm.data.records import Record
 from terselm.errors import ConfigError
-from terselm.train.config import LossOn, Overlong, Template
+from terselm.train.choices import LossOn, Overlong, Template
 from terselm.train.guidance import Guide, Target, guide
 from terselm.train.templates import RenderedRecord, render
 

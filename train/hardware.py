@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from terselm.errors import ConfigError
-from terselm.train.config import Precision
+from terselm.train.choices import Precision
 
 if TYPE_CHECKING:
     from accelerate import PartialState

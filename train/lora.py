@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from terselm.errors import ConfigError
-from terselm.train.config import Initialisation, LoraSettings
+from terselm.train.choices import Initialisation
+from terselm.train.config import LoraSettings
 
 _FIRST = "terselm_first_values"  # attribute of a model whose base has lost them
 

@@ -19,7 +19,7 @@ from terselm.errors import CheckpointError
 from terselm.files import atomic_folder, remove_partials
 from terselm.models import CausalLM, load_causal_lm
 from terselm.train.card import model_card
-from terselm.train.config import Precision
+from terselm.train.choices import Precision
 from terselm.train.hardware import describe_hardware, describe_versions
 from terselm.train.hub import HubPlace, check_access, upload
 from terselm.train.progress import quieten_libraries

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from terselm.errors import ModelError
 from terselm.train.callbacks import MEASURE
-from terselm.train.config import AlignConfig, Method
+from terselm.train.choices import Method
+from terselm.train.config import AlignConfig
 from terselm.train.evaluation import HeldOutText, score
 from terselm.train.hardware import describe_hardware, describe_versions, pick_precision
 from terselm.train.provenance import git_commit, weights_sha256

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from terselm.errors import ConfigError, ModelError
 from terselm.models import CausalLM, load_causal_lm, load_tokenizer, resolve
-from terselm.train.config import AlignConfig, Method
+from terselm.train.choices import Method
+from terselm.train.config import AlignConfig
 from terselm.train.lora import add_adapter, save_adapter
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from terselm.data.records import Record
-from terselm.train.config import Template
+from terselm.train.choices import Template
 
 SEPARATOR = "\n\n"  # what the compressor puts between the parts of a prompt
 

@@ -22,7 +22,7 @@ from terselm.data.jsonl import dump_object, read_objects
 from terselm.data.records import Record, is_held_out, prompt_hash, read_records
 from terselm.files import atomic_folder, remove_partials
 from terselm.models import cache_folder
-from terselm.train.config import LossOn
+from terselm.train.choices import LossOn
 from terselm.train.examples import EncodedRecords, Encoding, encode_some
 from terselm.train.guidance import Target
 from terselm.train.saving import clear_disk_errors

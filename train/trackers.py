@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from terselm.errors import ConfigError
-from terselm.train.config import Tracker
+from terselm.train.choices import Tracker
 
 _INSTALL = {Tracker.TENSORBOARD: "terselm[train]"}
 

@@ -17,16 +17,14 @@ from numpy.typing import NDArray
 from terselm.data.records import Record
 from terselm.models import CausalLM, load_causal_lm
 from terselm.train.batches import MODEL_INPUTS, Collator
+from terselm.train.choices import LossOn, Overlong, Template
 from terselm.train.config import (
     AlignConfig,
     DataSettings,
     EngineSettings,
     LoraSettings,
-    LossOn,
     ObjectiveSettings,
     OptimisationSettings,
-    Overlong,
-    Template,
 )
 from terselm.train.examples import Encoding, Example, encode
 from terselm.train.guidance import Target

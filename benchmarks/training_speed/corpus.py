@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from terselm.data.records import read_records
-from terselm.train.config import LossOn, Overlong, Template
+from terselm.train.choices import LossOn, Overlong, Template
 from terselm.train.examples import Encoding, Example, encode
 
 

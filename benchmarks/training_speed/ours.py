@@ -19,13 +19,7 @@ from accelerate import PartialState
 from training_speed.corpus import examples, wait_for_turn
 from training_speed.shapes import SHAPES, build
 
-from terselm.train.config import (
-    AlignConfig,
-    DataSettings,
-    EngineSettings,
-    LoraSettings,
-    OptimisationSettings,
-)
+from terselm.train.config import AlignConfig, DataSettings, EngineSettings, LoraSettings, OptimisationSettings
 from terselm.train.lora import add_adapter
 from terselm.train.packing import pack
 from terselm.train.run_folder import RunFolder

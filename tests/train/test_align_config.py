@@ -8,7 +8,8 @@ import pytest
 
 from terselm.config import dump_config, load_config
 from terselm.errors import ConfigError
-from terselm.train.config import AlignConfig, LossOn, Template
+from terselm.train.choices import LossOn, Template
+from terselm.train.config import AlignConfig
 
 
 def test_an_unknown_key_names_the_nearest() -> None:

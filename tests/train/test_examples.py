@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from terselm.data.records import Generation, Message, Record, Role, Usage
 from terselm.errors import ConfigError
-from terselm.train.config import LossOn, Overlong, Template
+from terselm.train.choices import LossOn, Overlong, Template
 from terselm.train.examples import Encoding, encode
 from terselm.train.templates import render
 

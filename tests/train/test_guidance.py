@@ -14,7 +14,7 @@ from terselm.data.logprobs import About, Given, ScoredText, write_logprobs
 from terselm.data.records import Message, Record, Role
 from terselm.errors import ConfigError
 from terselm.models import load_causal_lm
-from terselm.train.config import LossOn, Overlong, Template
+from terselm.train.choices import LossOn, Overlong, Template
 from terselm.train.examples import Encoding, encode
 from terselm.train.guidance import NO_WORD, Guide, Target, guide
 from terselm.train.templates import RenderedRecord

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from terselm.train.config import Precision
+from terselm.train.choices import Precision
 from terselm.train.hardware import describe_hardware, describe_versions, pick_precision
 
 THREADS = "import torch; from terselm.train.hardware import share_out_cores as f; f(); print(torch.get_num_threads())"

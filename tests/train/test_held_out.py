@@ -12,7 +12,7 @@ import torch
 from tiny_training import make_model, surprisals
 
 from terselm.data.records import Message, Record, Role
-from terselm.train.config import LossOn, Overlong, Template
+from terselm.train.choices import LossOn, Overlong, Template
 from terselm.train.evaluation import HeldOutText, compare, score
 from terselm.train.examples import EncodedRecords, Encoding, encode
 from terselm.train.packing import collate

@@ -14,7 +14,8 @@ from tiny_training import Script, make_model
 from terselm.compress.surprisal import SurprisalEngine
 from terselm.errors import ConfigError
 from terselm.models import load_causal_lm
-from terselm.train.config import AlignConfig, Initialisation, LoraSettings, Method
+from terselm.train.choices import Initialisation, Method
+from terselm.train.config import AlignConfig, LoraSettings
 from terselm.train.gathering import gather_trained
 from terselm.train.lora import add_adapter, save_adapter
 from terselm.train.publish import publish

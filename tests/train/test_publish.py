@@ -22,7 +22,8 @@ from terselm.cli import app
 from terselm.config import load_config
 from terselm.errors import CheckpointError
 from terselm.models import load_causal_lm
-from terselm.train.config import AlignConfig, Precision
+from terselm.train.choices import Precision
+from terselm.train.config import AlignConfig
 from terselm.train.provenance import file_sha256
 from terselm.train.publish import Form, publish
 from terselm.train.verify import verify

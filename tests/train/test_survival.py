@@ -18,7 +18,7 @@ from tiny_training import ROOT, Script
 from terselm.errors import ConfigError
 from terselm.train.align import main
 from terselm.train.callbacks import rounds_since_best
-from terselm.train.config import Tracker
+from terselm.train.choices import Tracker
 from terselm.train.fitting import fewer_rows
 from terselm.train.trackers import tracker_callbacks
 from terselm.train.trainer import AlignmentTrainer

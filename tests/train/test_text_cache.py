@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from terselm.errors import ConfigError, DataFormatError
 from terselm.models import CausalLM, load_causal_lm
 from terselm.train import text_cache
-from terselm.train.config import AlignConfig, DataSettings, EvaluationSettings, Overlong
+from terselm.train.choices import Overlong
+from terselm.train.config import AlignConfig, DataSettings, EvaluationSettings
 from terselm.train.examples import Example
 from terselm.train.guidance import Guide
 from terselm.train.packing import pack

@@ -28,7 +28,7 @@ def publish(
     On the hub: one commit and one tag; the token comes from HF_TOKEN.
     """
     need("train", "peft")
-    from terselm.train.config import Precision
+    from terselm.train.choices import Precision
     from terselm.train.hub import PREFIX, HubPlace
     from terselm.train.publish import Form, publish_to_hub
     from terselm.train.publish import publish as publish_run
