@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ def test_a_method_of_ones_own_and_resuming_with_more(gsm8k: Path, tiny: Path, tm
 def test_killed_runs_go_on(gsm8k: Path, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [
-        "terselm", "evaluate", "--out", out, "--suite", "gsm8k", "--target", tiny,
+        sys.executable, "-m", "terselm", "evaluate", "--out", out, "--suite", "gsm8k", "--target", tiny,
         "--methods", f"{WHOLE} truncate random-words", "--budgets", "1-shot half-shot",
         f"suite.data={gsm8k / 'test.jsonl'}", f"suite.train={gsm8k / 'train.jsonl'}", "suite.questions=12",
         "suite.sets=3", "suite.shots=3", f"model={tiny}", "batch=1", "device=cpu", "target.device=cpu",
@@ -147,7 +148,7 @@ def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> No
 
 
 def test_mistakes_end_with_a_sentence(tmp_path: Path) -> None:
-    command = ["terselm", "evaluate", "--out", tmp_path / "out", "--methods", "shortest"]
+    command = [sys.executable, "-m", "terselm", "evaluate", "--out", tmp_path / "out", "--methods", "shortest"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "error: unknown method 'shortest'; expected one of terselm, llmlingua, truncate" in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,19 @@ def test_mistakes(options: dict[str, Any], message: str) -> None:
 
 
 def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
-    command = ["terselm", "tune", tmp_path / "p.jsonl", "--out", tmp_path / "out", "--target", "x", "--budget", "-1"]
+    command = [
+        sys.executable,
+        "-m",
+        "terselm",
+        "tune",
+        tmp_path / "p.jsonl",
+        "--out",
+        tmp_path / "out",
+        "--target",
+        "x",
+        "--budget",
+        "-1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "budget '-1' is none" in done.stderr
