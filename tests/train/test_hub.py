@@ -16,7 +16,7 @@ from tiny_training import Script
 
 from terselm.errors import CheckpointError, ConfigError
 from terselm.train.hub import HubPlace, upload
-from terselm.train.provenance import file_sha256
+from terselm.train.provenance import combined_sha256
 from terselm.train.publish import Form, publish, publish_to_hub
 from terselm.train.verify import verify
 
@@ -56,13 +56,13 @@ def test_the_command_publishes_and_the_download_verifies(hub: Hub, finished: Scr
     assert verify(tmp_path / "copy") < 1e-4
 
 
-def test_a_tag_comes_from_the_adapter(hub: Hub, finished: Script, tmp_path: Path) -> None:
+def test_a_tag_comes_from_what_was_trained(hub: Hub, finished: Script, tmp_path: Path) -> None:
     publish_to_hub(finished.run, PLACE, Form(adapter_only=True))
     files = hub.repositories["org/small"].commits[-1]
     assert "model.safetensors" not in files
     adapter = finished.run / "adapter" / "adapter_model.safetensors"
     assert files["adapter_model.safetensors"] == adapter.read_bytes()
-    assert list(hub.repositories["org/small"].tags) == [f"run-{file_sha256(adapter)[:12]}"]
+    assert list(hub.repositories["org/small"].tags) == [f"run-{combined_sha256(adapter.parent)[:12]}"]
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     assert verify(tmp_path) < 1e-4
