@@ -90,8 +90,10 @@ class Ledger:
             raise
 
     def _prepare(self, read_only: bool) -> None:
+        self._db.execute("BEGIN")  # both from one state: another process may be making the tables
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        self._db.execute("COMMIT")
         if version not in (0, _VERSION) or (version == 0 and tables):
             raise DataFormatError(self.path, None, "is a database, but not a ledger of this version")
         if read_only:
@@ -102,8 +104,7 @@ class Ledger:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")  # a paid answer survives a power cut too
         if version == 0:
-            self._db.executescript(_SCHEMA)
-            self._db.execute(f"PRAGMA user_version={_VERSION}")
+            self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA}; PRAGMA user_version={_VERSION}; COMMIT;")
 
     def add(self, requests: Iterable[tuple[str, Json]]) -> None:
         """Note requests (id, what is asked); those that are there already stay as they are."""

@@ -11,11 +11,13 @@ import venv
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from package_tree import ROOT, modules, packages
 
 pytestmark = pytest.mark.slow
+_SAFELY: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from 3.11.4 on
 NOT_SOURCE = (".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
 
 
@@ -35,7 +37,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     sdist = build("--sdist", source, tmp_path_factory.mktemp("sdist"))
     unpacked = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
-        archive.extractall(unpacked, filter="data")
+        archive.extractall(unpacked, **_SAFELY)
     (folder,) = unpacked.iterdir()
     return Built(wheel, sdist, build("--wheel", folder, tmp_path_factory.mktemp("wheel_of_sdist")))
 

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from terselm.files import remove_partials
 from terselm.train.report.metrics import RATIOS
 from terselm.train.report.text import sentence
 
@@ -31,6 +32,7 @@ def draw_page(report: dict[str, Any], loss_history: list[dict[str, Any]], path: 
         _gap_closed(axes[1][1], report["words"]["measures"])
     towards = f" towards {report['target']}" if report["target"] else ""
     figure.suptitle(f"Alignment of {report['model']}{towards}")
+    remove_partials(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from terselm.config import load_config
 from terselm.errors import CheckpointError
-from terselm.files import atomic_file
+from terselm.files import atomic_file, remove_partials
 from terselm.train.config import AlignConfig
 from terselm.train.hardware import describe_hardware, describe_versions
 from terselm.train.progress import say
@@ -66,6 +66,7 @@ def write_report(run: Path, measurement: Measurement) -> dict[str, Any]:
         report["words"] = _words(run, config, target, measurement)
     report["versions"], report["hardware"] = describe_versions(), describe_hardware()
     with clear_disk_errors(run, "the report could not be written; the run is not touched"):
+        remove_partials(run / REPORT)
         with atomic_file(run / REPORT) as file:
             json.dump(report, file, indent=2, allow_nan=False)
             file.write("\n")
