@@ -23,6 +23,7 @@ from terselm.data.jsonl import Json, dump_object
 from terselm.errors import DataFormatError, TargetLLMError
 
 _VERSION = 1
+_PATIENCE = 60.0  # seconds for another process's lock
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (
     id TEXT PRIMARY KEY,
@@ -81,13 +82,26 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._clear_errors():
             # Answers are committed from a thread of their own, one at a time.
-            self._db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
         try:
             with self._clear_errors():
-                self._prepare(read_only)
+                self._prepare_in_turn(read_only)
         except BaseException:
             self._db.close()
             raise
+
+    def _prepare_in_turn(self, read_only: bool) -> None:
+        """SQLite does not wait by itself while another process switches to the write-ahead log."""
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return self._prepare(read_only)
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > until:
+                    raise
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            time.sleep(0.05)
 
     def _prepare(self, read_only: bool) -> None:
         self._db.execute("BEGIN")  # both from one state: another process may be making the tables
