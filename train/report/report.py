@@ -67,13 +67,13 @@ def write_report(run: Path, measurement: Measurement) -> dict[str, Any]:
     report["versions"], report["hardware"] = describe_versions(), describe_hardware()
     with clear_disk_errors(run, "the report could not be written; the run is not touched"):
         remove_partials(run / REPORT)
-        with atomic_file(run / REPORT) as file:
-            json.dump(report, file, indent=2, allow_nan=False)
-            file.write("\n")
         if find_spec("matplotlib") is None:
             say("the report has no page of plots: pip install matplotlib")
         else:
             draw_page(report, metrics["loss_history"], run / PAGE)
+        with atomic_file(run / REPORT) as file:  # last: where it is, the report is whole
+            json.dump(report, file, indent=2, allow_nan=False)
+            file.write("\n")
     return report
 
 
