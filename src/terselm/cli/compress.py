@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from terselm.cli.app import app, quieten_transformers
-from terselm.errors import ConfigError, DataFormatError
+from terselm.errors import ConfigError, DataFormatError, PromptError
 
 if TYPE_CHECKING:
     from terselm.compress.protect import Keep
@@ -65,6 +65,8 @@ def compress(
     from terselm.config import load_config
 
     asked = Prompt(**parts)
+    if not asked.pieces():  # before a model is loaded
+        raise PromptError("the prompt is empty; give an instruction, demonstrations or a question")
     Target(budget=budget, rate=rate)
     settings = load_config(CompressionSettings, config)
     from terselm.compress.compressor import PromptCompressor
