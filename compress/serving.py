@@ -70,6 +70,8 @@ class Batcher:
                 batch.append(other)
             alike: dict[Any, list[Waiting]] = {}
             for waiting in batch:
+                if not waiting.answer.set_running_or_notify_cancel():  # whoever asked has gone
+                    continue
                 by_budget = waiting.request.target.budget is not None
                 alike.setdefault((waiting.keep, waiting.counter, by_budget), []).append(waiting)
             for group in alike.values():

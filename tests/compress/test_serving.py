@@ -14,7 +14,7 @@ import uvicorn
 from fakes import random_lm
 
 from terselm import Prompt, PromptCompressor
-from terselm.compress.serving import make_app
+from terselm.compress.serving import Batcher, make_app, read
 
 DEMONSTRATIONS = [f"Question: Sam had {n} apples and ate 2.\nAnswer: {n - 2} are left." for n in range(5, 11)]
 
@@ -99,6 +99,16 @@ def test_what_cannot_be_compressed_is_refused_with_a_sentence(client: httpx.Clie
     answer = client.post("/compress", json=wrong)
     assert answer.status_code == 422
     assert len(answer.json()["error"]) > 20
+
+
+def test_who_no_longer_waits_is_passed_over(compressor: Counting) -> None:
+    batcher = Batcher(compressor, 8)
+    first = batcher.submit(read(body(rate=0.5)))
+    gone, last = batcher.submit(read(body(1, rate=0.5))), batcher.submit(read(body(2, rate=0.5)))
+    assert gone.cancel()  # while the first is being compressed
+    assert first.result(60).compressed_tokens > 0
+    assert last.result(60).compressed_tokens > 0
+    batcher.close()
 
 
 def test_health(client: httpx.Client) -> None:
