@@ -15,7 +15,7 @@ from terselm.compress.evaluation.settings import EvaluateSettings
 
 Floats = NDArray[np.float64]
 GAIN, EXACT, KEPT, OVERLAP = "gain_retained", "exact_match", "answer_kept", "oracle_overlap"
-QUALITIES = (GAIN, EXACT, KEPT, OVERLAP, "bleu", "rouge1", "rouge2", "rougeL", "bert_score")
+QUALITIES = (GAIN, EXACT, KEPT, OVERLAP, "bleu", "rouge1", "rouge2", "rougeL")
 
 
 @dataclass(frozen=True, kw_only=True)
