@@ -7,12 +7,14 @@ and is killed with SIGKILL. So the time goes into killing, not into importing.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -52,11 +54,10 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def run(command: list[str], log: Path, processes: int, kill_after: float | None, draw: random.Random) -> bool:
+def run(command: list[str], log: Path, processes: int, kill_now: Callable[[], bool], draw: random.Random) -> bool:
     """Run until it ends, or until it is killed; whether it was killed."""
     port = free_port() if processes > 1 else 0
     alive = [fork(command, log, rank, processes, port) for rank in range(processes)]
-    started = time.monotonic()
     while alive:
         for pid in alive[:]:
             ended, status = os.waitpid(pid, os.WNOHANG)
@@ -64,7 +65,7 @@ def run(command: list[str], log: Path, processes: int, kill_after: float | None,
                 alive.remove(pid)
                 if status != 0:
                     sys.exit(f"a run ended with status {status}:\n{log.read_text()}")
-        if alive and kill_after is not None and time.monotonic() - started >= kill_after:
+        if alive and kill_now():
             draw.shuffle(alive)  # one dies first; the others notice, or not, as under a launcher
             for pid in alive:
                 os.kill(pid, signal.SIGKILL)
@@ -85,6 +86,31 @@ def steps(folder: Path) -> int:
     return max(found, default=0)
 
 
+def moment(folder: Path, whole: float, last: int, draw: random.Random) -> Callable[[], bool]:
+    """Whether the time to kill has come: some time after now, or soon after one of the steps still to come.
+
+    Times alone would not do: on a busy machine they may all fall on the same few steps.
+    """
+    due = time.monotonic() + draw.uniform(0.1, 1.0) * whole
+    if draw.random() < 0.3:
+        return lambda: time.monotonic() >= due
+    step = draw.randint(min(steps(folder) + 1, last), last)
+    delay = draw.uniform(0, whole / last)
+    due = math.inf
+
+    def come() -> bool:
+        nonlocal due
+        if due == math.inf and steps(folder) >= step:
+            due = time.monotonic() + delay
+        return time.monotonic() >= due
+
+    return come
+
+
+def never() -> bool:
+    return False
+
+
 if __name__ == "__main__":
     config, root, kills, processes, seed = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:6])
     overrides = sys.argv[6:]
@@ -94,8 +120,8 @@ if __name__ == "__main__":
         return ["--config", config, f"run_dir={folder}", *overrides]
 
     began = time.monotonic()
-    run(command(root / "alone"), root / "log", processes, None, draw)
-    whole = time.monotonic() - began
+    run(command(root / "alone"), root / "log", processes, never, draw)
+    whole, last = time.monotonic() - began, steps(root / "alone")
     expected = adapter(root / "alone")
     done: list[Path] = []
     at: list[int] = []
@@ -103,8 +129,8 @@ if __name__ == "__main__":
         folder = root / f"killed-{len(done)}"
         killed = True
         while killed:
-            limit = draw.uniform(0.1, 1.0) * whole if len(at) < kills else None
-            killed = run(command(folder), root / "log", processes, limit, draw)
+            kill_now = moment(folder, whole, last, draw) if len(at) < kills else never
+            killed = run(command(folder), root / "log", processes, kill_now, draw)
             if killed:
                 at.append(steps(folder))
         done.append(folder)
