@@ -136,6 +136,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budgets", default=",".join(BUDGETS))
     parser.add_argument("--methods", help="instead of all of ours, separated by blanks")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto", help="of target and small LM; bfloat16 is faster on some CPUs")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--at-once", type=int, default=1, help="processes that share the machine; default 1")
     parser.add_argument("--shard", nargs=3, help=argparse.SUPPRESS)
@@ -200,12 +201,13 @@ def settings_of(options: argparse.Namespace, suite: str, target: str, methods: S
     }
     return EvaluateSettings(
         suite=suites[suite],
-        target=TargetSettings(model=weights_of(target), device=options.device),
+        target=TargetSettings(model=weights_of(target), device=options.device, dtype=options.dtype),
         methods=list(methods),
         budgets=options.budgets.split(","),
         counter=weights_of(options.small),
         model=weights_of(options.small),
         device=options.device,
+        dtype=options.dtype,
         llmlingua=options.llmlingua,
         oracle=bool(options.aligned) and list(methods) == methods_of(options, "alignment"),
         batch=options.batch,

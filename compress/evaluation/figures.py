@@ -15,7 +15,7 @@ from terselm.compress.evaluation.settings import EvaluateSettings
 
 Floats = NDArray[np.float64]
 GAIN, EXACT, KEPT, OVERLAP = "gain_retained", "exact_match", "answer_kept", "oracle_overlap"
-QUALITIES = (GAIN, EXACT, KEPT, OVERLAP, "bleu", "rouge1", "rouge2", "rougeL")
+QUALITIES = (GAIN, EXACT, KEPT, OVERLAP, "bleu", "rouge1", "rouge2", "rougeL", "bert_score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +120,17 @@ class Figuring:
 
     def _compare_texts(self) -> None:
         """Likeness of the answers to the references, or to the answer to the whole prompt where there are none."""
-        from terselm.compress.evaluation.text_metrics import likeness
+        from terselm.compress.evaluation.text_metrics import bert_score, likeness
 
-        for entries in self._cells.values():
-            told = [id_ for id_, entry in entries.items() if "answer" in entry]
-            references = [self._reference(self._items[id_]) for id_ in told]
-            for name, values in likeness([entries[id_]["answer"] for id_ in told], references).items():
-                for id_, value in zip(told, values, strict=True):
-                    entries[id_][name] = value
+        told = [(entry, self._items[id_]) for cell in self._cells.values() for id_, entry in cell.items()]
+        told = [(entry, item) for entry, item in told if "answer" in entry]
+        texts = [entry["answer"] for entry, _ in told], [self._reference(item) for _, item in told]
+        columns = likeness(*texts)
+        if self._settings.bert_score and told:
+            columns["bert_score"] = bert_score(*texts, self._settings.bert_score)
+        for name, values in columns.items():
+            for (entry, _), value in zip(told, values, strict=True):
+                entry[name] = value
 
     def _reference(self, item: Item) -> str:
         if item.answers:

@@ -101,7 +101,7 @@ class Workshop:
         return Baseline(shorten=BASELINES[name.kind], tools=tools)
 
     def _load(self, model: str) -> CausalLM:
-        return load_causal_lm(model, device=self._settings.device)
+        return load_causal_lm(model, device=self._settings.device, dtype=self._settings.dtype)
 
     def _load_compressor(self, model: str) -> PromptCompressor:
         from terselm.compress.compressor import PromptCompressor

@@ -28,6 +28,7 @@ _TITLES = {
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
+    "bert_score": "BERTScore",
 }
 _SHARES = (GAIN, "exact_match", "answer_kept", OVERLAP)  # shown as per cent
 

@@ -112,11 +112,13 @@ class EvaluateSettings:
         compare: the method that all others are compared with; empty for the first.
         model: the small LM of methods that name none.
         device: of the small LM.
+        dtype: of the small LM.
         llmlingua: interpreter of an environment with llmlingua, or a folder that pip installed it into.
         score: whether −log p of the gold answer is measured; needs a local target.
         generate: whether the target answers.
         references: whether the bare question and the whole prompt are measured too; scores need them.
         oracle: whether the words that ours keeps are compared with those that the target itself, as compressor, keeps.
+        bert_score: encoder that BERTScore compares texts with, such as ``roberta-large`` or a folder; empty for none.
         batch: prompts that are compressed, and committed to disk, together.
         seed: of random methods and of intervals.
 
@@ -132,11 +134,13 @@ class EvaluateSettings:
     compare: str = ""
     model: str = "smollm2-135m"
     device: str = "auto"
+    dtype: str = "auto"
     llmlingua: Path | None = None
     score: bool = True
     generate: bool = False
     references: bool = True
     oracle: bool = False
+    bert_score: str = ""
     batch: int = 64
     seed: int = 0
 
