@@ -8,7 +8,21 @@ from dataclasses import replace
 import numpy as np
 
 from terselm.compress.layout import Layout
+from terselm.compress.prompt import Prompt
+from terselm.compress.settings import EXAMPLES_ANCHOR
 from terselm.compress.units import Ints
+
+
+def anchor_for(prompt: Prompt) -> float:
+    """The share where the settings name none: `EXAMPLES_ANCHOR` for worked examples, else 0.
+
+    Worked examples are at least two demonstrations that all begin as the question does, with a word such as
+    "Question:" or "###": one that is not all letters.
+    """
+    texts = [prompt.question, *filter(str.strip, prompt.demonstrations)]
+    opening, *others = (text.split(maxsplit=1)[:1] for text in texts)
+    examples = len(others) > 1 and not "".join(opening).isalpha() and all(other == opening for other in others)
+    return EXAMPLES_ANCHOR if examples and opening else 0.0
 
 
 def keep_anchor(layout: Layout, pieces: Sequence[int], room: int, over: Callable[[str], int]) -> Layout:

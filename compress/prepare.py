@@ -5,17 +5,26 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from terselm.compress.anchor import keep_anchor
+from terselm.compress.anchor import anchor_for, keep_anchor
 from terselm.compress.budget import BudgetController
 from terselm.compress.counter import Count, TokenizerCounter, count_all
 from terselm.compress.job import Job
 from terselm.compress.layout import Layout, build_layout
 from terselm.compress.prompt import Part, Piece, Prompt
-from terselm.compress.settings import AnchorOrder, CompressionSettings, Selection, UnitKind
+from terselm.compress.settings import (
+    PAPER_INSTRUCTION_RATE,
+    PAPER_QUESTION_RATE,
+    Ablations,
+    AnchorOrder,
+    CompressionSettings,
+    Selection,
+    UnitKind,
+)
 from terselm.compress.target import Target
 from terselm.compress.units import Units, cut_units, merge_all, merge_lines, merge_sentences, merge_words
 from terselm.errors import PromptError
@@ -36,8 +45,14 @@ class Preparer:
         self._settings = settings
         self.count = TokenizerCounter(lm.tokenizer)
         self._separator_ids: list[int] = self._tokenize([settings.separator])[0].ids.tolist()
-        rates = {Part.INSTRUCTION: settings.instruction_rate, Part.QUESTION: settings.question_rate}
+        rates = {Part.QUESTION: settings.question_rate, Part.INSTRUCTION: settings.instruction_rate}
         self._protected_parts = [part for part, rate in rates.items() if rate == 1]
+        self._anchor_share = settings.anchor
+        if settings.anchor is None and settings.ablations != Ablations():
+            self._anchor_share = 0.0  # there would be nothing to take parts from
+        self._whole_if_it_fits = [
+            part for part, rate in rates.items() if rate is None and not settings.ablations.uniform_rates
+        ]
 
     def prepare(
         self,
@@ -63,10 +78,13 @@ class Preparer:
         for prompt, layout, target, original in zip(prompts, layouts, targets, originals, strict=True):
             budget = target.tokens(original, layout, count)
             small = budget if counter is None else budget * layout.total_tokens // max(1, original)
+            over = partial(_excess, count, budget)
+            layout = self._keep_whole(layout, small, over)
+            anchor = anchor_for(prompt) if self._anchor_share is None else self._anchor_share
             controller = self._controller(layout, small, prompt.pinned)
-            if self._settings.anchor:
-                layout = self._anchor(layout, controller, partial(_excess, count, budget))
-                controller = self._controller(layout, small, prompt.pinned)
+            if anchor:
+                layout = self._anchor(layout, anchor, controller, over)
+                controller = self._controller(layout, small, prompt.pinned, anchor_only=anchor == 1)
             jobs.append(Job(layout=layout, controller=controller, count=count, original=original, budget=budget))
         return jobs
 
@@ -82,13 +100,25 @@ class Preparer:
         budget = job.controller.budget + int(old.cost[old.protected].sum())
         pinned = [old.pieces[job.demonstrations[i]].index for i in job.controller.pinned]
         layout = old.reordered(numbers)
-        job.layout, job.controller = layout, self._controller(layout, budget, pinned)
+        anchor_only = not any(job.controller.demonstrations)
+        job.layout, job.controller = layout, self._controller(layout, budget, pinned, anchor_only=anchor_only)
         job.coarse = {numbers.index(n): values for n, values in job.coarse.items()}
         if job.ranks is not None:
             job.ranks = [job.ranks[i] for i in order]
 
-    def _anchor(self, layout: Layout, controller: BudgetController, over: Callable[[str], int]) -> Layout:
-        room = math.floor(self._settings.anchor * controller.left)
+    def _keep_whole(self, layout: Layout, budget: int, over: Callable[[str], int]) -> Layout:
+        """Protect question and instruction, or the question, where that leaves the other its rate."""
+        wanted = self._whole_if_it_fits
+        for parts in dict.fromkeys((tuple(wanted), tuple(wanted[:1]))) if wanted else ():
+            pieces = [number for part in parts for number in layout.numbers(part)]
+            protected = layout.protected | np.isin(layout.piece_of, pieces)
+            whole = replace(layout, protected=protected)
+            if over(whole.text(protected)) <= 0 and self._controller(whole, budget, ()).left >= 0:
+                return whole
+        return layout
+
+    def _anchor(self, layout: Layout, share: float, controller: BudgetController, over: Callable[[str], int]) -> Layout:
+        room = math.floor(share * controller.left)
         pieces = layout.numbers(Part.DEMONSTRATION)[::-1]
         if self._settings.anchor_by is AnchorOrder.SHORTEST:
             pieces.sort(key=layout.free_tokens)  # stable: of equals, the later first
@@ -112,7 +142,9 @@ class Preparer:
             raise PromptError("the prompt is empty; give an instruction, demonstrations or a question")
         return layout
 
-    def _controller(self, layout: Layout, budget: int, pinned: Collection[int]) -> BudgetController:
+    def _controller(
+        self, layout: Layout, budget: int, pinned: Collection[int], *, anchor_only: bool = False
+    ) -> BudgetController:
         numbers = {part: layout.numbers(part) for part in Part}
         always = {*numbers[Part.INSTRUCTION], *numbers[Part.QUESTION]}
         always |= {n for n in numbers[Part.DEMONSTRATION] if layout.holds_protected(n)}
@@ -124,7 +156,7 @@ class Preparer:
         settings = self._settings
         free_budget = budget - int(layout.cost[layout.protected].sum())
         free = {part: [layout.free_tokens(n) for n in numbers[part]] for part in Part}
-        rates = settings.instruction_rate, settings.question_rate
+        rates = settings.instruction_rate or PAPER_INSTRUCTION_RATE, settings.question_rate or PAPER_QUESTION_RATE
         if settings.ablations.uniform_rates:
             total = sum(map(sum, free.values()))
             rates = (min(1.0, max(0.0, free_budget / total)) if total else 1.0,) * 2
@@ -132,7 +164,7 @@ class Preparer:
             budget=free_budget,
             instruction=sum(free[Part.INSTRUCTION]),
             question=sum(free[Part.QUESTION]),
-            demonstrations=free[Part.DEMONSTRATION] if settings.anchor < 1 else [0] * len(free[Part.DEMONSTRATION]),
+            demonstrations=[0] * len(free[Part.DEMONSTRATION]) if anchor_only else free[Part.DEMONSTRATION],
             separators=separators,
             k=settings.k,
             instruction_rate=rates[0],

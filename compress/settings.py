@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any
 
 from terselm.errors import ConfigError
+
+PAPER_INSTRUCTION_RATE, PAPER_QUESTION_RATE = 0.85, 0.9
+EXAMPLES_ANCHOR = 1.0  # see docs/results.md
 
 
 class UnitKind(StrEnum):
@@ -72,19 +76,23 @@ class Ablations:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionSettings:
-    """The parameters of the algorithm; the defaults are the paper's.
+    """The parameters of the algorithm.
 
     Attributes:
         k: granularity coefficient of the budget controller, above 0; demonstrations are selected until they hold k
             times the tokens that will be kept of them.
-        instruction_rate: τ_ins in (0, 1], the kept fraction of the instruction; 1 protects it.
-        question_rate: τ_que in (0, 1], the kept fraction of the question; 1 protects it.
+        instruction_rate: τ_ins in (0, 1], the kept fraction of the instruction; 1 protects it. None: it is kept whole
+            where the budget holds instruction and question, else at the paper's 0.85.
+        question_rate: τ_que in (0, 1], the kept fraction of the question; 1 protects it. None: it is kept whole where
+            the budget holds it, else at the paper's 0.9.
         segment_size: tokens that are scored before the first of them are dropped, ≥ 1.
         separator: what joins instruction, demonstrations and question; may be empty.
         unit: the smallest thing that is kept or dropped.
         order: of the demonstrations, before Stage 2 reads them.
         anchor: share in [0, 1] of what the budget leaves for demonstrations that goes to some of them kept whole, and
-            to the end of one more; 1 keeps nothing else. Small targets read that best.
+            to the end of one more; 1 keeps nothing else. Small targets read that best. None: `EXAMPLES_ANCHOR` where
+            the demonstrations are worked examples (two or more that begin as the question does, with a word such as
+            "Question:"), else, and with ablations, 0.
         anchor_by: which demonstrations these are.
         cache_bytes: memory for surprisals of earlier prompts, so that repeated demonstrations are not read again.
         ablations: parts of the algorithm taken out.
@@ -92,18 +100,18 @@ class CompressionSettings:
     Raises:
         ConfigError: a value out of its range.
 
-    Source: §4 of arXiv:2310.05736.
+    Source: §4 of arXiv:2310.05736, whose own are `paper_settings`.
     """
 
     k: float = 2.0
-    instruction_rate: float = 0.85
-    question_rate: float = 0.9
+    instruction_rate: float | None = None
+    question_rate: float | None = None
     segment_size: int = 100
     separator: str = "\n\n"
     unit: UnitKind = UnitKind.TOKEN
     order: Order = Order.ORIGINAL
-    anchor: float = 0.0
-    anchor_by: AnchorOrder = AnchorOrder.LAST
+    anchor: float | None = None
+    anchor_by: AnchorOrder = AnchorOrder.SHORTEST
     cache_bytes: int = 64 << 20
     ablations: Ablations = field(default_factory=Ablations)
 
@@ -111,9 +119,10 @@ class CompressionSettings:
         if not (math.isfinite(self.k) and self.k > 0):
             raise ConfigError(f"k is {self.k}; expected a number above 0")
         for name in ("instruction_rate", "question_rate"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected a fraction in (0, 1]")
-        if not 0 <= self.anchor <= 1:
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate <= 1:
+                raise ConfigError(f"{name} is {rate}; expected a fraction in (0, 1]")
+        if self.anchor is not None and not 0 <= self.anchor <= 1:
             raise ConfigError(f"anchor is {self.anchor}; expected a share in [0, 1]")
         if self.segment_size < 1:
             raise ConfigError(f"segment_size is {self.segment_size}; expected at least 1 token")
@@ -122,6 +131,12 @@ class CompressionSettings:
         _to_enum(self, "unit", UnitKind)
         _to_enum(self, "order", Order)
         _to_enum(self, "anchor_by", AnchorOrder)
+
+
+def paper_settings(**changes: Any) -> CompressionSettings:
+    """What the paper used (§5), but for `changes`."""
+    paper = CompressionSettings(instruction_rate=PAPER_INSTRUCTION_RATE, question_rate=PAPER_QUESTION_RATE, anchor=0.0)
+    return replace(paper, **changes)
 
 
 def _to_enum(config: object, name: str, kind: type[StrEnum]) -> None:

@@ -6,18 +6,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from terselm.compress.settings import AnchorOrder, CompressionSettings, UnitKind
+from terselm.compress.settings import (
+    PAPER_INSTRUCTION_RATE,
+    PAPER_QUESTION_RATE,
+    AnchorOrder,
+    CompressionSettings,
+    UnitKind,
+    paper_settings,
+)
 
-_WHOLE = CompressionSettings(question_rate=1.0, instruction_rate=1.0)
+_THINNED = CompressionSettings(anchor=0.0)  # what is not question or instruction, token by token
 
 _AROUND: dict[str, tuple[Any, ...]] = {
     "k": (1.0, 1.2, 1.5, 2.0, 3.0),
-    "anchor": (0.0, 0.3, 0.6, 0.8, 1.0),
+    "anchor": (0.0, 0.3, 0.5, 0.7, 1.0),
     "anchor_by": tuple(AnchorOrder),
     "unit": tuple(UnitKind),
     "segment_size": (50, 100, 200, 400),
-    "question_rate": (0.9, 1.0),
-    "instruction_rate": (0.85, 1.0),
+    "question_rate": (None, PAPER_QUESTION_RATE),
+    "instruction_rate": (None, PAPER_INSTRUCTION_RATE),
 }
 
 
@@ -40,21 +47,21 @@ class Candidate:
 
 def shapes() -> list[Candidate]:
     """The defaults and what differs from them in kind, the most promising first, for a search that runs out of time."""
-    whole = _WHOLE
     return [
         Candidate(settings=settings)
         for settings in (
             CompressionSettings(),
-            whole,
-            replace(whole, anchor=1.0, anchor_by=AnchorOrder.SHORTEST),
-            replace(whole, anchor=1.0),
-            replace(whole, unit=UnitKind.DEMONSTRATION),
-            replace(whole, k=1.2),
-            replace(whole, anchor=0.6, anchor_by=AnchorOrder.SHORTEST),
-            replace(whole, anchor=1.0, unit=UnitKind.DEMONSTRATION),
-            replace(whole, anchor=1.0, anchor_by=AnchorOrder.SHORTEST, unit=UnitKind.SENTENCE),
-            replace(whole, unit=UnitKind.SENTENCE),
-            replace(whole, unit=UnitKind.WORD),
+            replace(_THINNED, anchor=1.0),
+            _THINNED,
+            replace(_THINNED, anchor=0.5, unit=UnitKind.LINE),
+            replace(_THINNED, unit=UnitKind.DEMONSTRATION),
+            replace(_THINNED, anchor=1.0, anchor_by=AnchorOrder.LAST),
+            paper_settings(),
+            replace(_THINNED, anchor=0.5, unit=UnitKind.SENTENCE),
+            replace(_THINNED, k=1.2),
+            replace(_THINNED, anchor=0.7),
+            replace(_THINNED, unit=UnitKind.LINE),
+            replace(_THINNED, unit=UnitKind.WORD),
         )
     ]
 

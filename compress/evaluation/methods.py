@@ -1,7 +1,7 @@
 """The ways of shortening a prompt that are compared, by name.
 
-``terselm`` with settings after a colon (``terselm:k=1.2,question_rate=1``), a part taken out by name
-(``terselm:no-iteration``), another small LM (``terselm:model=runs/mine``), or all of these; the baselines of
+``terselm`` with settings after a colon (``terselm:k=1.2,anchor=0``), the paper's (``terselm:paper``), a part taken out
+by name (``terselm:no-iteration``), another small LM (``terselm:model=runs/mine``), or all of these; the baselines of
 `terselm.compress.evaluation.baselines`; ``llmlingua``.
 """
 
@@ -19,7 +19,8 @@ from terselm.errors import ConfigError
 if TYPE_CHECKING:
     from terselm.compress.result import CompressionResult
 
-ABLATIONS = {
+NAMED = {
+    "paper": ["instruction_rate=0.85", "question_rate=0.9", "anchor=0"],
     "no-budget-controller": ["ablations.selection=all", "ablations.uniform_rates=true"],
     "no-iteration": ["ablations.one_pass=true"],
     "no-perplexity-selection": ["ablations.selection=random"],
@@ -81,13 +82,13 @@ def parse_method(text: str) -> MethodName:
         key, given, value = option.partition("=")
         if key == "model" and given:
             model = value
-        elif option in ABLATIONS and kind == OURS:
-            overrides += ABLATIONS[option]
+        elif option in NAMED and kind == OURS:
+            overrides += NAMED[option]
         elif given and kind == OURS:
             overrides.append(option)
         else:
             raise ConfigError(
                 f"method {text!r}: {option!r} is no option of {kind}; expected model=NAME"
-                + (f", a setting such as k=1.2, or one of {', '.join(ABLATIONS)}" if kind == OURS else "")
+                + (f", a setting such as k=1.2, or one of {', '.join(NAMED)}" if kind == OURS else "")
             )
     return MethodName(text=text, kind=kind, model=model, settings=load_config(CompressionSettings, None, overrides))

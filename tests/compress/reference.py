@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from reference_budget import control_budget, keep_anchor
+from reference_budget import control_budget, keep_anchor, settle
 from reference_pieces import Keep, Piece, Unit, read_pieces, tokenise, write
 
 from terselm.errors import BudgetError
@@ -198,11 +198,12 @@ def compress(
     separator = [token for token, _, _ in tokenise(lm.tokenizer, settings.separator)]
     length = sum(unit.cost for unit in everything) + len(separator) * (len(pieces) - 1)
     target = budget if counter is None else budget * length // total
+
+    def over(units: list[Unit]) -> int:
+        return count(write(units, settings.separator)) - budget
+
+    settings = settle(pieces, prompt, target, len(separator), settings, over)
     if settings.anchor:
-
-        def over(units: list[Unit]) -> int:
-            return count(write(units, settings.separator)) - budget
-
         keep_anchor(pieces, target, len(separator), settings, prompt.pinned, over)
 
     chosen, shares = control_budget(

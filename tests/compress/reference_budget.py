@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from reference_pieces import Piece, Unit
+
+RATED = ("instruction", "question")
 
 
 @dataclass
@@ -105,6 +107,41 @@ def share(room: int, need: float, ins: int, que: int, chosen: list[Piece], coars
         to_que = min(b_dems - length - to_ins, que - b_que)
         b_ins, b_que, b_dems = b_ins + to_ins, b_que + to_que, length
     return Shares(b_ins, b_dems, b_que)
+
+
+def settle(
+    pieces: list[Piece], prompt: Any, target: int, separator: int, settings: Any, over: Callable[[list[Unit]], int]
+) -> Any:
+    """The settings without None. Protects the instruction and the question, or the question, where §0 says so."""
+    open_parts = [
+        part
+        for part, rate in (("question", settings.question_rate), ("instruction", settings.instruction_rate))
+        if rate is None and not settings.ablations.uniform_rates
+    ]
+    settled = replace(
+        settings,
+        instruction_rate=0.85 if settings.instruction_rate is None else settings.instruction_rate,
+        question_rate=0.9 if settings.question_rate is None else settings.question_rate,
+    )
+    everything = [unit for piece in pieces for unit in piece.units]
+    while open_parts:
+        tried = [unit for unit in everything if unit.protected or unit.part in open_parts]
+        holders = {unit.piece for unit in tried} | {piece.units[0].piece for piece in pieces if piece.part in RATED}
+        left = max(0, target - sum(unit.cost for unit in tried) - separator * max(0, len(holders) - 1))
+        need = 0.0
+        for part, rate in (("instruction", settled.instruction_rate), ("question", settled.question_rate)):
+            need += rate * sum(unit.cost for unit in everything if unit.part == part and unit not in tried)
+        if over(tried) <= 0 and left >= need:
+            for unit in tried:
+                unit.protected = True
+            break
+        open_parts.pop()
+    if settled.anchor is None:
+        words = [text.split()[0] for text in prompt.demonstrations if text.split()]
+        opening = prompt.question.split()[:1]
+        examples = len(words) >= 2 and set(words) == set(opening) and not opening[0].isalpha()
+        settled = replace(settled, anchor=1.0 if examples and settings.ablations == type(settings.ablations)() else 0.0)
+    return settled
 
 
 def keep_anchor(

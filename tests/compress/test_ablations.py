@@ -9,8 +9,8 @@ import pytest
 import torch
 from fakes import random_lm
 
-from terselm import CompressionSettings, PromptCompressor
-from terselm.compress.settings import Ablations
+from terselm import PromptCompressor
+from terselm.compress.settings import Ablations, paper_settings
 from terselm.errors import ConfigError
 
 PROMPT: dict[str, Any] = {
@@ -21,7 +21,7 @@ PROMPT: dict[str, Any] = {
 
 
 def compress(rate: float = 0.3, **ablations: Any) -> Any:
-    settings = CompressionSettings(segment_size=20, ablations=Ablations(**ablations))
+    settings = paper_settings(segment_size=20, ablations=Ablations(**ablations))
     return PromptCompressor(random_lm(), settings=settings).compress(**PROMPT, rate=rate)
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from fakes import random_lm
 
-from terselm import CompressionSettings, PromptCompressor
+from terselm import CompressionSettings, Prompt, PromptCompressor
+from terselm.compress.anchor import anchor_for
+from terselm.compress.settings import EXAMPLES_ANCHOR
 from terselm.compress.units import cut_units, merge_lines, merge_sentences
 from terselm.errors import ConfigError
 
@@ -17,6 +19,7 @@ QUESTION = "Question: Ada reads 12 pages a day. How many in a week?"
 
 
 def compress(rate: float, **options: Any) -> Any:
+    options = {"anchor": 0.0, "anchor_by": "last"} | options
     settings = CompressionSettings(segment_size=20, question_rate=1.0, **options)
     return PromptCompressor(random_lm(), settings=settings).compress(
         demonstrations=DEMONSTRATIONS, question=QUESTION, rate=rate
@@ -87,3 +90,45 @@ def test_wide_units(merge: Any, text: str, expected: list[str]) -> None:
 def test_anchor_out_of_range() -> None:
     with pytest.raises(ConfigError, match=r"anchor is 1\.5; expected a share in"):
         CompressionSettings(anchor=1.5)
+
+
+@pytest.mark.parametrize(
+    ("demonstrations", "question", "examples"),
+    [
+        (DEMONSTRATIONS, QUESTION, True),
+        (["", *DEMONSTRATIONS, " \n"], QUESTION, True),
+        (["### a", "### b"], "### c", True),
+        (["Q: a", "Q: b"], "Question: c", False),
+        ([*DEMONSTRATIONS, "Answer: 5"], QUESTION, False),
+        (DEMONSTRATIONS[:1], QUESTION, False),
+        (DEMONSTRATIONS, "", False),
+        (["What is a?", "What is b?"], "What is c?", False),  # turns of a talk, not labelled examples
+        (["Document [1] a", "Document [2] b"], "Document [3]", False),
+    ],
+)
+def test_worked_examples_are_recognised(demonstrations: list[str], question: str, examples: bool) -> None:
+    assert anchor_for(Prompt(demonstrations=demonstrations, question=question)) == (EXAMPLES_ANCHOR if examples else 0)
+
+
+def test_worked_examples_stay_whole_by_default() -> None:
+    result = PromptCompressor(random_lm()).compress(demonstrations=DEMONSTRATIONS, question=QUESTION, rate=0.4)
+    *examples, question = result.text.split("\n\n")
+    assert question == QUESTION
+    assert len(examples) > 1
+    assert sum(example not in DEMONSTRATIONS for example in examples) <= 1
+    assert all(any(whole.endswith(example) for whole in DEMONSTRATIONS) for example in examples)
+
+
+@pytest.mark.parametrize(
+    ("missing", "instruction", "question"), [(-5, True, True), (0, True, True), (1, False, True), (9, False, False)]
+)
+def test_question_and_instruction_stay_whole_where_the_budget_holds_them(
+    missing: int, instruction: bool, question: bool
+) -> None:
+    parts = {"instruction": "Add up, and say nothing else.", "question": "How many apples and pears are there?"}
+    lm = random_lm()
+    budget = len(lm.tokenizer("\n\n".join(parts.values()), add_special_tokens=False).input_ids) - missing
+    result = PromptCompressor(lm).compress(**parts, demonstrations=["There are 5 apples. " * 9], budget=budget)
+    assert (parts["instruction"] in result.text) == instruction
+    assert (parts["question"] in result.text) == question
+    assert result.compressed_tokens <= budget

@@ -9,7 +9,8 @@ import pytest
 import torch
 from fakes import random_lm
 
-from terselm import CompressionSettings, Prompt, PromptCompressor
+from terselm import Prompt, PromptCompressor
+from terselm.compress.settings import paper_settings
 from terselm.errors import ModelError
 from terselm.models import CausalLM
 
@@ -42,7 +43,7 @@ def with_memory_for(tokens: int) -> tuple[CausalLM, list[int]]:
 
 
 def compress(lm: CausalLM, **settings: Any) -> list[Any]:
-    compressor = PromptCompressor(lm, settings=CompressionSettings(segment_size=20, **settings))
+    compressor = PromptCompressor(lm, settings=paper_settings(segment_size=20, **settings))
     return [(r.text, r.selected) for r in compressor.compress_batch(PROMPTS, rate=0.5)]
 
 

@@ -62,7 +62,7 @@ def test_the_best_at_a_budget(tmp_path: Path, tiny: Path, monkeypatch: pytest.Mo
         chosen = [entry for entry in entries_of(tmp_path / "out") if entry["method"] == name]
         means[name] = float(np.mean([entry["nats"] / entry["gold_tokens"] for entry in chosen]))
     assert len(means) > 4
-    assert found.best.name == min(means, key=lambda name: means[name])
+    assert means[found.best.name] == min(means.values())
     loaded = load_config(CompressionSettings, tmp_path / "out" / "compress.yaml")
     assert Candidate(settings=loaded).name == found.best.name
     compressor = PromptCompressor.from_pretrained(tiny, device="cpu", settings=loaded)
@@ -100,7 +100,8 @@ def test_names_say_what_differs() -> None:
     names = [candidate.name for candidate in shapes()]
     assert names[0] == "terselm"
     assert len(set(names)) == len(names)
-    assert names[2] == "terselm:anchor=1.0,anchor_by=shortest,question_rate=1.0,instruction_rate=1.0"
+    assert "terselm:anchor=1.0,anchor_by=last" in names
+    assert "terselm:anchor=0.0,question_rate=0.9,instruction_rate=0.85" in names
     near = [candidate.name for candidate in around(CompressionSettings())]
     assert len(set(near)) == len(near)
     assert "terselm" not in near
