@@ -34,6 +34,7 @@ from terselm.train.hardware import describe_hardware
 from terselm.train.provenance import git_commit
 
 _COMMAND = "from terselm.cli import main; main()"
+_CONFIG = Path(__file__).parents[1] / "configs" / "compress" / "paper.yaml"
 
 
 def main() -> None:
@@ -101,7 +102,7 @@ def run(source: Path, out: Path, processes: int, options: argparse.Namespace) ->
     if processes > 1:
         launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--no_python"]
         command = [sys.executable, *launcher, *command]
-    command = [*command, "--budget", str(options.budget), "--model", options.model]
+    command = [*command, "--budget", str(options.budget), "--model", options.model, "--config", _CONFIG]
     command = [*command, "--batch-size", str(options.batch_size)]
     attempts = []
     for kill in range(options.kills + 1):

@@ -34,11 +34,12 @@ from terselm.compress.prompt import Prompt
 from terselm.train.hardware import describe_hardware
 from terselm.train.provenance import git_commit
 
-WHOLE = "question_rate=1,instruction_rate=1"
+THINNED = "anchor=0"  # the question whole, demonstrations token by token
 OURS = [
     "terselm",
-    f"terselm:{WHOLE}",
-    *(f"terselm:{WHOLE},{more}" for more in (
+    "terselm:paper",
+    f"terselm:{THINNED}",
+    *(f"terselm:{THINNED},{more}" for more in (
         "k=1.5",
         "k=1.2",
         "k=1",
@@ -47,15 +48,16 @@ OURS = [
         "unit=line",
         "unit=demonstration",
         "segment_size=400",
-        "anchor=0.5",
-        "anchor=0.5,anchor_by=shortest",
-        "anchor=0.8,anchor_by=shortest,k=1.2",
-        "anchor=1",
-        "anchor=1,anchor_by=shortest",
-        "anchor=1,anchor_by=shortest,unit=line",
-        "anchor=1,unit=line",
-        "anchor=1,unit=demonstration",
-        "anchor=1,anchor_by=shortest,unit=sentence",
+    )),
+    *(f"terselm:anchor={more}" for more in (
+        "0.3",
+        "0.5",
+        "0.5,unit=line",
+        "0.5,unit=sentence",
+        "0.7",
+        "1",
+        "1,anchor_by=last",
+        "1,unit=demonstration",
     )),
 ]  # fmt: skip
 ABLATED = [
@@ -83,14 +85,15 @@ MATCHED = {  # llmlingua does not keep to a budget: these may be as long as what
     f"{name}, as long as llmlingua": name
     for name in (
         "terselm",
-        f"terselm:{WHOLE}",
-        f"terselm:{WHOLE},k=1.2",
-        f"terselm:{WHOLE},anchor=1",
-        f"terselm:{WHOLE},anchor=1,anchor_by=shortest",
-        f"terselm:{WHOLE},anchor=0.5,anchor_by=shortest",
+        "terselm:paper",
+        f"terselm:{THINNED}",
+        f"terselm:{THINNED},k=1.2",
+        "terselm:anchor=0.5",
+        "terselm:anchor=0.5,unit=line",
         "truncate",
     )
 }
+REFERENCES = "references"  # the bare question and the whole prompt, which all are compared with
 BUDGETS = ["1-shot", "half-shot", "quarter-shot"]
 
 
@@ -101,18 +104,23 @@ def main() -> None:
         return
     began = time.perf_counter()
     shards = ["ours", "ablated", "baselines", *(["peer"] if options.llmlingua else [])]
+    first = [(suite, target, REFERENCES) for suite in options.suites.split(",") for target in options.target]
     jobs = [
-        (suite, target, shard) for shard in reversed(shards) for suite in ("gsm8k", "bbh") for target in options.target
+        (suite, target, shard)
+        for shard in reversed(shards)
+        for suite in options.suites.split(",")
+        for target in options.target
     ]
     jobs = [job for job in jobs if job[2] != "peer" or job[1] == options.target[0]]  # it shortens for all targets
     if options.aligned:
-        jobs += [(suite, options.target[0], "alignment") for suite in ("gsm8k", "bbh")]
+        jobs += [(suite, options.target[0], "alignment") for suite in options.suites.split(",")]
     with ThreadPoolExecutor(options.at_once) as pool:
+        list(pool.map(lambda job: run_shard(options, *job), first))
         states = list(pool.map(lambda job: run_shard(options, *job), jobs))
     failed = [job for job, state in zip(jobs, states, strict=True) if state]
     for job in failed:
         print(f"failed: {job}; see {log_of(options, *job)}", file=sys.stderr)
-    for suite in ("gsm8k", "bbh"):
+    for suite in options.suites.split(","):
         for target in options.target:
             report(options, suite, target, [shard for shard in shards if (suite, target, shard) not in failed])
         if options.aligned and (suite, options.target[0], "alignment") not in failed:
@@ -129,6 +137,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--small", default="smollm2-135m", metavar="NAME[=FOLDER]")
     parser.add_argument("--aligned", metavar="NAME=FOLDER", help="a small LM that was aligned to the first target")
     parser.add_argument("--llmlingua", type=Path, help="interpreter or folder with llmlingua")
+    parser.add_argument("--suites", default="gsm8k,bbh")
     parser.add_argument("--questions", type=int, default=200, help="of GSM8K")
     parser.add_argument("--sets", type=int, default=10, help="demonstration sets of GSM8K")
     parser.add_argument("--bbh-questions", type=int, default=11, help="of each task")
@@ -168,16 +177,28 @@ def weights_of(model: str) -> str:
     return model.partition("=")[2] or model
 
 
+def journal_for(options: argparse.Namespace, suite: str, target: str, shard: str) -> Path:
+    """The folder of a shard, whose journal begins with what every shard needs and one has measured."""
+    folder = folder_of(options, suite, target, shard)
+    known = folder_of(options, suite, target, REFERENCES) / JOURNAL
+    if shard not in (REFERENCES, "alignment") and known.exists() and not (folder / JOURNAL).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(known, folder / JOURNAL)
+    return folder
+
+
 def methods_of(options: argparse.Namespace, shard: str) -> list[str]:
+    if shard == REFERENCES:
+        return ["truncate"]
     if shard == "ours":
         ours = options.methods.split() if options.methods else list(OURS)
-        ours += [f"terselm:model={weights_of(options.target[0])},{WHOLE}{k}" for k in ("", ",k=1.2")]
+        ours += [f"terselm:model={weights_of(options.target[0])},{THINNED}{k}" for k in ("", ",k=1.2")]
         return ours
     if shard == "alignment":
         models = options.small, options.aligned
-        return [f"terselm:model={weights_of(model)},{WHOLE}{k}" for k in ("", ",k=1.2") for model in models]
+        return [f"terselm:model={weights_of(model)},{THINNED}{k}" for k in ("", ",k=1.2") for model in models]
     if shard == "ablated":
-        return [f"terselm:{WHOLE},{part}" for part in ABLATED] + ["terselm:next-token"]
+        return [f"terselm:{part}" for part in ABLATED] + ["terselm:paper,next-token"]
     return BASELINES if shard == "baselines" else [PEER, *MATCHED]
 
 
@@ -248,9 +269,8 @@ def measure(options: argparse.Namespace) -> None:
     """One shard, in a process of its own."""
     suite, target, shard = options.shard
     if shard != "peer":
-        Run(
-            settings_of(options, suite, target, methods_of(options, shard)), folder_of(options, *options.shard)
-        ).measure()
+        settings = settings_of(options, suite, target, methods_of(options, shard))
+        Run(settings, journal_for(options, suite, target, shard)).measure()
         return
     measure_peer(options, suite, shard)
 
@@ -268,7 +288,7 @@ def measure_peer(options: argparse.Namespace, suite: str, shard: str) -> None:
     try:
         for each in options.target:
             settings = settings_of(options, suite, each, methods_of(options, shard))
-            folder = folder_of(options, suite, each, shard)
+            folder = journal_for(options, suite, each, shard)
             target = open_target(settings.target, folder)
             workshop = Workshop(settings, target, count, {})
             ready: dict[str, Method] = {PEER: remembering}

@@ -27,7 +27,8 @@ import torch
 from against_llmlingua.prompts import PromptMaker, bundled, gsm8k
 from tqdm import tqdm
 
-from terselm import CompressionSettings, Prompt, PromptCompressor
+from terselm import Prompt, PromptCompressor
+from terselm.compress.settings import paper_settings
 from terselm.errors import TerseLMError
 from terselm.files import atomic_file
 from terselm.models import CausalLM, load_causal_lm
@@ -36,7 +37,7 @@ from terselm.train.hardware import describe_hardware
 from terselm.train.provenance import git_commit
 
 _TESTS = Path(__file__).parents[1] / "tests" / "compress"
-_NO_CACHE = CompressionSettings(cache_bytes=0)
+_NO_CACHE = paper_settings(cache_bytes=0)
 _BATCH = 17
 
 Kept = list[list[bool]]
@@ -77,7 +78,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     prompts, lengths = make_prompts(lm, options)
     exact = compress(PromptCompressor(lm, settings=_NO_CACHE), prompts, options.budget, 1, "float32")
     variants: dict[str, Any] = {}
-    cached = PromptCompressor(lm)
+    cached = PromptCompressor(lm, settings=paper_settings())
     for name, compressor in (
         ("batches of 17", PromptCompressor(lm, settings=_NO_CACHE)),
         ("the cache being filled", cached),
@@ -90,7 +91,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     dtypes = options.dtypes or ["bfloat16", "int8" if device == "cpu" else "float16"]
     for dtype in dtypes:
         rounded = PromptCompressor(
-            load_causal_lm(options.model, device=device, dtype=dtype), settings=CompressionSettings(cache_bytes=0)
+            load_causal_lm(options.model, device=device, dtype=dtype), settings=paper_settings(cache_bytes=0)
         )
         variants[dtype] = against(exact, compress(rounded, prompts, options.budget, 1, dtype))
     return {
@@ -130,7 +131,7 @@ def by_reference(lm: CausalLM, prompts: Sequence[Prompt], budget: int) -> Kept:
     torch.set_default_device(lm.model.device)  # where the reference makes its tensors
     try:
         return [
-            reference.compress(lm, prompt, CompressionSettings(), budget=budget).kept
+            reference.compress(lm, prompt, paper_settings(), budget=budget).kept
             for prompt in tqdm(prompts, desc="reference", disable=None)
         ]
     finally:

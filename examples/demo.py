@@ -21,6 +21,7 @@ MODEL = "smollm2-135m"
 CONFIG = Path("configs/align/smollm2-135m.yaml")
 RUN = Path("runs/demo")
 CHECKPOINT = Path("runs/demo-checkpoint")
+TOKENS = Path("configs/compress/tokens.yaml")
 PROMPT = Path("data/sample/prompts/few_shot_maths.json")
 BUDGET = 300  # tokens
 
@@ -43,12 +44,8 @@ def main() -> None:
     title = "Compress a prompt"
     heading(title, len(seconds) + 1)
     start = time.monotonic()
-    result = json.loads(
-        run(
-            ["terselm", "compress", "--model", CHECKPOINT, "--prompt", PROMPT, "--budget", BUDGET, "--json"],
-            capture=True,
-        )
-    )
+    compress = ["terselm", "compress", "--model", CHECKPOINT, "--config", TOKENS, "--prompt", PROMPT]
+    result = json.loads(run([*compress, "--budget", BUDGET, "--json"], capture=True))
     seconds[title] = time.monotonic() - start
     print_summary(json.loads((RUN / "metrics.json").read_text(encoding="utf-8")), result, seconds)
 

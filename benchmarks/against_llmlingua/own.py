@@ -7,10 +7,11 @@ from pathlib import Path
 
 from against_llmlingua.serve import Json, Side, serve
 from terselm import Prompt, PromptCompressor
+from terselm.compress.settings import paper_settings
 
 
 def load(folder: Path, device: str, dtype: str) -> Side:
-    compressor = PromptCompressor.from_pretrained(folder, device=device, dtype=dtype)
+    compressor = PromptCompressor.from_pretrained(folder, device=device, dtype=dtype, settings=paper_settings())
 
     def compress(prompts: Sequence[Json], budget: int) -> list[str]:
         return [result.text for result in compressor.compress_batch([Prompt(**p) for p in prompts], budget=budget)]

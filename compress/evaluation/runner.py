@@ -223,6 +223,7 @@ class Run:
             settings.target.base_url,
             settings.target.dtype,
             settings.model,
+            settings.dtype,
             settings.counter,
         ]
         told += [str(flag) for flag in (settings.score, settings.generate, settings.oracle, settings.seed)]

@@ -11,6 +11,7 @@ import reference
 from reference_pieces import Keep
 
 from terselm import CompressionSettings, Prompt, PromptCompressor
+from terselm.compress.settings import paper_settings
 from terselm.errors import BudgetError, PromptError
 
 
@@ -19,7 +20,7 @@ class Case:
     """One call of the compressor; ``patterns`` is what the reference is to keep, if ``keep`` holds presets."""
 
     prompt: Prompt
-    settings: CompressionSettings = field(default_factory=CompressionSettings)
+    settings: CompressionSettings = field(default_factory=paper_settings)
     budget: int | None = None
     rate: float | None = None
     keep: Sequence[Any] = ()

@@ -67,8 +67,8 @@ def small_case(seed: int) -> Case:
         prompt = Prompt(question="a b c")
     settings = CompressionSettings(
         k=chance.choice([0.5, 1.0, 2.0, 2.0, 4.0]),
-        instruction_rate=chance.choice([0.1, 0.85, 0.85, 1.0]),
-        question_rate=chance.choice([0.2, 0.9, 0.9, 1.0]),
+        instruction_rate=chance.choice([0.1, 0.85, None, 1.0]),
+        question_rate=chance.choice([0.2, 0.9, None, 1.0]),
         segment_size=chance.choice([3, 10, 100]),
         separator=chance.choice(["\n\n", "\n\n", " ", ""]),
         unit=chance.choice(["token", "word"]),

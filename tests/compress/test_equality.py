@@ -15,7 +15,7 @@ from fakes import random_lm
 
 from terselm import CompressionSettings, Prompt, PromptCompressor
 from terselm.compress.protect import Preset
-from terselm.compress.settings import Order
+from terselm.compress.settings import Order, paper_settings
 from terselm.compress.surprisal import SurprisalEngine
 
 INSTRUCTION = "Answer the question below. Use the examples, think step by step, and end with one number."
@@ -34,7 +34,7 @@ CODE = "```python\ndef add(a, b):\n    return a + b\n```\nSee https://example.or
 TEXTS = [INSTRUCTION, APPLES, BOOKS, TRAIN, QUESTION, CHINESE, JAPANESE, EMOJI, MARKS, LINES, SPECIALS, CODE]
 ODD_TEXTS = [" ", "\n\n", "\t", "a", "é", "👍", "x y", " \r\n ", "7"]
 KINDS = ["llama", "gpt2", "gemma"]
-SMALL = CompressionSettings(segment_size=20)
+SMALL, PAPER = CompressionSettings(segment_size=20), paper_settings(segment_size=20)
 
 
 def ids_of(lm: Any, text: str) -> Any:
@@ -69,8 +69,9 @@ def test_three_parts(kind: str, rate: float) -> None:
     ],
 )
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.9])
-def test_shapes(prompt: Prompt, rate: float) -> None:
-    assert_agrees(random_lm(), Case(prompt=prompt, settings=SMALL, rate=rate))
+@pytest.mark.parametrize("settings", [SMALL, PAPER])
+def test_shapes(prompt: Prompt, rate: float, settings: CompressionSettings) -> None:
+    assert_agrees(random_lm(), Case(prompt=prompt, settings=settings, rate=rate))
 
 
 @pytest.mark.parametrize("pinned", [(), (2,), (3, 0), (0, 1, 2, 3)])
@@ -86,7 +87,7 @@ def test_pinned_and_ranked(pinned: tuple[int, ...], order: str, rate: float) -> 
 
 def test_a_pinned_demonstration_takes_the_place_of_another() -> None:
     prompt = Prompt(instruction="Answer.", demonstrations=(APPLES, BOOKS, TRAIN, CODE), question=QUESTION)
-    compressor = PromptCompressor(random_lm(), settings=SMALL)
+    compressor = PromptCompressor(random_lm(), settings=PAPER)
     free = compressor.compress_batch([prompt], budget=60)[0].selected
     missing = next(i for i in range(4) if i not in free)
     assert compressor.compress_batch([replace(prompt, pinned=[missing])], budget=60)[0].selected != free
@@ -213,8 +214,8 @@ def test_random_calls(seed: int) -> None:
     lm = random_lm(chance.choice(KINDS), window=window, bos=chance.random() < 0.8)
     settings = CompressionSettings(
         k=chance.choice([1.0, 1.5, 2.0, 2.0, 5.0]),
-        instruction_rate=chance.choice([0.3, 0.85, 0.85, 1.0]),
-        question_rate=chance.choice([0.5, 0.9, 0.9, 1.0]),
+        instruction_rate=chance.choice([0.3, 0.85, None, 1.0]),
+        question_rate=chance.choice([0.5, 0.9, None, 1.0]),
         segment_size=size,
         separator=chance.choice(["\n\n", "\n\n", " ", ""]),
         unit=chance.choice(["token", "token", "word"]) if window == 4096 else "token",
@@ -225,7 +226,7 @@ def test_random_calls(seed: int) -> None:
         settings = replace(
             settings,
             unit=more.choice(["sentence", "line", "demonstration"]) if window == 4096 else settings.unit,
-            anchor=more.choice([0.0, 0.3, 0.8, 1.0]),
+            anchor=more.choice([None, 0.3, 0.8, 1.0]),
             anchor_by=more.choice(["last", "shortest"]),
         )
     case = Case(

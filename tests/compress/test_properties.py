@@ -32,10 +32,10 @@ KEEP = st.sampled_from([(), ("a",), (re.compile(r"\d"),), (re.compile(r"\S+\s"),
 SETTINGS = st.builds(
     CompressionSettings,
     segment_size=st.sampled_from([5, 20, 100]),
-    question_rate=st.sampled_from([0.9, 1.0]),
+    question_rate=st.sampled_from([None, 0.9, 1.0]),
     separator=st.sampled_from(["\n\n", " ", ""]),
     unit=st.sampled_from(["token", "word", "sentence", "line", "demonstration"]),
-    anchor=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
+    anchor=st.sampled_from([None, 0.0, 0.5, 1.0]),
     anchor_by=st.sampled_from(["last", "shortest"]),
 )
 FEW = settings(max_examples=150, deadline=None)

@@ -20,6 +20,16 @@ CASES = {
     "few-shot, 1,500 tokens, 5x": Case(
         prompt=Prompt(instruction=p.INSTRUCTION, demonstrations=p.WORKED, question=p.QUESTION), rate=0.2
     ),
+    "few-shot, the defaults": Case(
+        prompt=Prompt(instruction=p.INSTRUCTION, demonstrations=p.WORKED, question=p.QUESTION),
+        budget=500,
+        settings=CompressionSettings(),
+    ),
+    "documents, the defaults": Case(
+        prompt=Prompt(instruction="Answer.", demonstrations=p.DOCUMENTS, question="Who asked for a key?"),
+        rate=0.3,
+        settings=CompressionSettings(),
+    ),
     "few-shot, 400 tokens": Case(prompt=Prompt(demonstrations=p.WORKED[:4], question=p.QUESTION), budget=400),
     "long text, half": Case(prompt=Prompt(demonstrations=("\n\n".join(p.WORKED[:6]),)), rate=0.5),
     "documents": Case(
