@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
@@ -56,9 +56,18 @@ def load_config(schema: type[C], path: Path | None = None, overrides: Sequence[s
 
 def dump_config(config: Any) -> str:
     """The resolved configuration as YAML, such as ``load_config`` reads back."""
-    from omegaconf import OmegaConf
+    import yaml
 
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    """Settings as YAML knows them: what is written is what a user would write."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, StrEnum | Path) else value
 
 
 def _check_keys(schema: type[Any], values: dict[str, Any], prefix: str) -> None:

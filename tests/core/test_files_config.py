@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from terselm.compress.evaluation.settings import EvaluateSettings, SuiteName, SuiteSettings
 from terselm.config import dump_config, load_config
 from terselm.errors import ConfigError
 from terselm.files import atomic_file, atomic_folder, remove_partials
@@ -198,6 +199,14 @@ def test_defaults_then_file_then_overrides(tmp_path: Path) -> None:
 
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     assert load_config(Outer, write_yaml(tmp_path, "# nothing but a comment\n")) == Outer()
+
+
+def test_a_resolved_config_is_what_a_user_would_write(tmp_path: Path) -> None:
+    settings = EvaluateSettings(suite=SuiteSettings(name=SuiteName.BBH, data=tmp_path / "tasks"), budgets=["300"])
+    written = dump_config(settings)
+    assert "  name: bbh\n  questions: 200\n" in written
+    assert f"  data: {tmp_path / 'tasks'}\n" in written
+    assert load_config(EvaluateSettings, write_yaml(tmp_path, written)) == settings
 
 
 def test_resolved_config_reads_back(tmp_path: Path) -> None:
