@@ -10,7 +10,8 @@ import torch
 from test_families import DEMONSTRATIONS, FAMILIES, INSTRUCTION, QUESTION, family_lm
 from transformers import LlamaForCausalLM
 
-from terselm import CompressionSettings, Prompt, PromptCompressor
+from terselm import Prompt, PromptCompressor
+from terselm.compress.settings import paper_settings
 from terselm.models import CausalLM
 
 pytestmark = pytest.mark.gpu
@@ -26,7 +27,7 @@ def on_gpu(lm: CausalLM) -> CausalLM:
 
 
 def compressor(lm: CausalLM, *, graphs: bool = True) -> PromptCompressor:
-    made = PromptCompressor(lm, settings=CompressionSettings(segment_size=20, cache_bytes=0))
+    made = PromptCompressor(lm, settings=paper_settings(segment_size=20, cache_bytes=0))
     if not graphs:
         made._reader._engine._graphs = None
     return made
