@@ -55,7 +55,6 @@ OURS = [
         "0.5,unit=line",
         "0.5,unit=sentence",
         "0.7",
-        "1",
         "1,anchor_by=last",
         "1,unit=demonstration",
     )),
@@ -104,23 +103,20 @@ def main() -> None:
         return
     began = time.perf_counter()
     shards = ["ours", "ablated", "baselines", *(["peer"] if options.llmlingua else [])]
-    first = [(suite, target, REFERENCES) for suite in options.suites.split(",") for target in options.target]
+    first = [(suite, target, REFERENCES) for suite in options.suites for target in options.target]
     jobs = [
-        (suite, target, shard)
-        for shard in reversed(shards)
-        for suite in options.suites.split(",")
-        for target in options.target
+        (suite, target, shard) for shard in reversed(shards) for suite in options.suites for target in options.target
     ]
     jobs = [job for job in jobs if job[2] != "peer" or job[1] == options.target[0]]  # it shortens for all targets
     if options.aligned:
-        jobs += [(suite, options.target[0], "alignment") for suite in options.suites.split(",")]
+        jobs += [(suite, options.target[0], "alignment") for suite in options.suites]
     with ThreadPoolExecutor(options.at_once) as pool:
-        list(pool.map(lambda job: run_shard(options, *job), first))
+        list(pool.map(lambda job: run_shard(options, *job), first))  # where one fails, its shards measure these again
         states = list(pool.map(lambda job: run_shard(options, *job), jobs))
     failed = [job for job, state in zip(jobs, states, strict=True) if state]
     for job in failed:
         print(f"failed: {job}; see {log_of(options, *job)}", file=sys.stderr)
-    for suite in options.suites.split(","):
+    for suite in options.suites:
         for target in options.target:
             report(options, suite, target, [shard for shard in shards if (suite, target, shard) not in failed])
         if options.aligned and (suite, options.target[0], "alignment") not in failed:
@@ -137,7 +133,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--small", default="smollm2-135m", metavar="NAME[=FOLDER]")
     parser.add_argument("--aligned", metavar="NAME=FOLDER", help="a small LM that was aligned to the first target")
     parser.add_argument("--llmlingua", type=Path, help="interpreter or folder with llmlingua")
-    parser.add_argument("--suites", default="gsm8k,bbh")
+    parser.add_argument("--suites", nargs="+", choices=("gsm8k", "bbh"), default=["gsm8k", "bbh"])
     parser.add_argument("--questions", type=int, default=200, help="of GSM8K")
     parser.add_argument("--sets", type=int, default=10, help="demonstration sets of GSM8K")
     parser.add_argument("--bbh-questions", type=int, default=11, help="of each task")

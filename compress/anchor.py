@@ -21,8 +21,8 @@ def anchor_for(prompt: Prompt) -> float:
     """
     texts = [prompt.question, *filter(str.strip, prompt.demonstrations)]
     opening, *others = (text.split(maxsplit=1)[:1] for text in texts)
-    examples = len(others) > 1 and not "".join(opening).isalpha() and all(other == opening for other in others)
-    return EXAMPLES_ANCHOR if examples and opening else 0.0
+    labelled = bool(opening) and not opening[0].isalpha()
+    return EXAMPLES_ANCHOR if labelled and len(others) > 1 and all(other == opening for other in others) else 0.0
 
 
 def keep_anchor(layout: Layout, pieces: Sequence[int], room: int, over: Callable[[str], int]) -> Layout:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from terselm.compress.prompt import Prompt
-from terselm.compress.settings import CompressionSettings
+from terselm.compress.settings import PAPER_INSTRUCTION_RATE, PAPER_QUESTION_RATE, CompressionSettings
 from terselm.config import load_config
 from terselm.errors import ConfigError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from terselm.compress.result import CompressionResult
 
 NAMED = {
-    "paper": ["instruction_rate=0.85", "question_rate=0.9", "anchor=0"],
+    "paper": [f"instruction_rate={PAPER_INSTRUCTION_RATE}", f"question_rate={PAPER_QUESTION_RATE}", "anchor=0"],
     "no-budget-controller": ["ablations.selection=all", "ablations.uniform_rates=true"],
     "no-iteration": ["ablations.one_pass=true"],
     "no-perplexity-selection": ["ablations.selection=random"],

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from package_tree import ROOT
 
+from terselm.compress.evaluation.methods import parse_method
+from terselm.compress.settings import CompressionSettings, paper_settings
 from terselm.config import load_config
 
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*") if path.is_file())
@@ -27,8 +29,6 @@ def accelerate(path: Path) -> Any:
 
 
 def compress(path: Path) -> Any:
-    from terselm.compress.settings import CompressionSettings
-
     return load_config(CompressionSettings, path)
 
 
@@ -97,3 +97,10 @@ def test_it_opens_with_the_command_that_uses_it(path: Path) -> None:
     commands = [line for line in opening if path.as_posix() in line]
     assert commands, f"{path} opens with no comment that holds a command with {path.as_posix()}"
     assert any(word in line for line in commands for word in ("accelerate launch", "terselm "))
+
+
+def test_the_settings_of_the_paper_and_the_defaults_are_what_their_files_say() -> None:
+    folder = ROOT / "configs" / "compress"
+    assert load_config(CompressionSettings, folder / "paper.yaml") == paper_settings()
+    assert parse_method("terselm:paper").settings == paper_settings()
+    assert load_config(CompressionSettings, folder / "default.yaml") == CompressionSettings()
