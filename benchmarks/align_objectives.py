@@ -1,73 +1,100 @@
-"""Which objective makes a small LM see text as its target does: word by word, on held-out text of four domains.
+"""Which objective makes a small LM see text as its target does: word by word, on held-out text of five domains.
 
-    python benchmarks/align_objectives.py --datasets FOLDER --minutes 8 --out benchmarks/results/align_objectives.json
+    python benchmarks/align_objectives.py --datasets FOLDER --answers records.jsonl --free free.jsonl --seeds 3 \\
+        --out benchmarks/results/align_objectives.json
 
-SmolLM2-135M to a local target that reads every word (gemma3-270m). All variants see as many tokens of text. Reported
-before → after by domain: the rank correlation (Spearman) of the words' surprisals with the target's, and the overlap
-of the words kept at 2×, 5× and 10× with those that the target itself would keep, with paired bootstrap intervals over
-texts. One domain (Wikipedia) is like nothing that is trained on.
+SmolLM2-135M to a local target that reads every word (gemma3-270m). `--answers` and `--free` are what `terselm collect`
+got from it: for the instructions of gpt4_instructions, and for the first words of sentences. All variants see as many
+tokens, but for the ones that say so. Reported before → after by domain: bits per byte of the response, the rank
+correlation (Spearman) of the words' surprisals with the target's, and the overlap of the words kept at 2×, 5× and 10×
+with those that the target itself would keep, with paired bootstrap intervals over texts. One domain (Wikipedia) is
+like nothing that is trained on. With `--at-once 4` so many trainings share a GPU. Runs that are in the file already are
+not made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
+import tempfile
 import time
+from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment_quality import domains
-from alignment_quality.aligning import Bench, Budget, Variant, align, base, target_words, words
-from alignment_quality.generate import generate
+import numpy as np
+from alignment_quality.aligning import Budget, Reading, Variant, align, open_small, read, save
+from alignment_quality.texts import HeldOut, Sources, Texts, gather
 
-from terselm.data.records import Record
 from terselm.files import atomic_file
 from terselm.models import load_causal_lm
 from terselm.train.choices import LossOn
 from terselm.train.config import ObjectiveSettings
 from terselm.train.hardware import describe_hardware, describe_versions
 from terselm.train.progress import quieten_libraries
-from terselm.train.report.metrics import LEAST_WORDS, compare_words
+from terselm.train.report.metrics import Measure, compare_words
+
+ALL = ("given", "answers", "free")
 
 
 def matched(**weights: float) -> ObjectiveSettings:
-    return ObjectiveSettings(**{"nll": 0.0, **weights}, target="it")  # type: ignore[arg-type]
+    return ObjectiveSettings(**{"nll": 0.0, "matching": 1.0, **weights}, target="it")  # type: ignore[arg-type]
+
+
+def whole(**changes: Any) -> dict[str, Any]:
+    """All weights, trained with matching and ranking."""
+    return {"objective": matched(ranking=1), "all_weights": True, "learning_rate": 1e-4, **changes}
 
 
 VARIANTS = {
     "NLL, response": Variant(objective=ObjectiveSettings()),
     "NLL, all": Variant(objective=ObjectiveSettings(), loss_on=LossOn.ALL),
-    "NLL, response of the target": Variant(objective=ObjectiveSettings(), text="generated"),
-    "matching": Variant(objective=matched(matching=1)),
-    "matching, near threshold": Variant(objective=matched(matching=1, near_threshold=4)),
-    "matching + ranking": Variant(objective=matched(matching=1, ranking=1)),
-    "ranking": Variant(objective=matched(ranking=1)),
-    "matching + NLL": Variant(objective=matched(matching=1, nll=0.3), loss_on=LossOn.ALL),
-    "matching, rank 128": Variant(objective=matched(matching=1), rank=128),
-    "matching, all weights": Variant(objective=matched(matching=1), all_weights=True, learning_rate=1e-4),
-    "matching + ranking, all weights": Variant(
-        objective=matched(matching=1, ranking=1), all_weights=True, learning_rate=1e-4
-    ),
-    "matching, generated": Variant(objective=matched(matching=1), text="generated"),
+    "NLL, the target's answers": Variant(objective=ObjectiveSettings(), text=("answers",)),
+    "NLL, GPT-4's answers": Variant(objective=ObjectiveSettings(), text=("gpt4",)),
+    "NLL, all of all text": Variant(objective=ObjectiveSettings(), loss_on=LossOn.ALL, text=ALL),
+    "matching": Variant(objective=matched()),
+    "matching, near threshold": Variant(objective=matched(near_threshold=4)),
+    "matching, L1": Variant(objective=matched(turning_point=0.1)),
+    "matching, L2": Variant(objective=matched(turning_point=20.0)),
+    "matching, rank 128": Variant(objective=matched(), rank=128),
+    "matching + NLL": Variant(objective=matched(nll=0.3), loss_on=LossOn.ALL),
+    "matching + ranking": Variant(objective=matched(ranking=1)),
+    "ranking": Variant(objective=matched(matching=0, ranking=1)),
+    "matching, the target's answers": Variant(objective=matched(), text=("answers",)),
+    "matching, free text": Variant(objective=matched(), text=("free",)),
+    "matching, all text": Variant(objective=matched(), text=ALL),
+    "matching, all weights": Variant(**whole(objective=matched())),
+    "matching + ranking, all weights": Variant(**whole()),
+    "matching + ranking, all weights, 3e-4": Variant(**whole(learning_rate=3e-4)),
+    "matching + ranking, all weights, all text": Variant(**whole(text=ALL)),
+    "matching + ranking, all weights, all text, 3e-4": Variant(**whole(text=ALL, learning_rate=3e-4)),
+    "matching + ranking, all weights, all text, 4 times": Variant(**whole(text=ALL, times=4)),
+    "matching + ranking, all weights, all text, 3e-4, 4 times": Variant(**whole(text=ALL, times=4, learning_rate=3e-4)),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--datasets", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--answers", type=Path, help="records with the target's answers")
+    parser.add_argument("--free", type=Path, help="records with what the target wrote after a few words")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--target", default="gemma3-270m")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=2_000_000, help="that each variant is trained on")
-    parser.add_argument("--records", type=int, default=0, help="train on so many records at most; 0 for all")
-    parser.add_argument("--generate", type=int, default=5_000, help="prompts that the target answers")
-    parser.add_argument("--generated-tokens", type=int, default=160, help="of each answer, at most")
-    parser.add_argument("--texts", type=int, default=100, help="held-out texts a domain")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which no further variant begins")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help="default: all with their text")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--tokens", type=int, default=3_000_000, help="that each variant is trained on")
+    parser.add_argument("--records", type=int, default=0, help="of each kind to train on, at most; 0 for all")
+    parser.add_argument("--texts", type=int, default=200, help="held-out texts a domain")
+    parser.add_argument("--minutes", type=float, default=60.0, help="after which no further training begins")
     parser.add_argument("--row-length", type=int, default=1024)
+    parser.add_argument("--rows-per-pass", type=int, default=16)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--at-once", type=int, default=1, help="trainings that share the device")
+    parser.add_argument("--encoded", type=Path, help="file that keeps the text as the target sees it")
+    parser.add_argument("--save", type=Path, help="folder for the aligned models of the first seed")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/align_objectives.json"))
     options = parser.parse_args()
     quieten_libraries()
@@ -75,63 +102,113 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    deadline = time.monotonic() + 60 * options.minutes
-    bench = Bench(
-        model=options.model,
-        target=load_causal_lm(options.target),
-        budget=Budget(tokens=options.tokens, row_length=options.row_length, compile=options.compile),
+    began = time.monotonic()
+    budget = Budget(
+        tokens=options.tokens,
+        row_length=options.row_length,
+        rows_per_pass=options.rows_per_pass,
+        compile=options.compile,
     )
-    held_out = {
-        domain: [e for e in bench.encode(domain, found) if e.guide is not None and len(e.guide.nats) >= LEAST_WORDS]
-        for domain, found in domains.held_out(options.datasets, options.texts).items()
-    }
-    records = domains.training(options.datasets)
-    records = records[:: max(1, len(records) // options.records)] if options.records else records
-    untrained = base(bench)
-    before = {domain: words(untrained, texts, bench.budget) for domain, texts in held_out.items()}
-    del untrained
-    print(
-        f"held-out text read twice with {60 * options.minutes - deadline + time.monotonic():.0f} s gone",
-        file=sys.stderr,
-    )
-    runs: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
-        for name in options.variants:
-            if time.monotonic() > deadline:
-                print(f"no time left for {name}, seed {seed}", file=sys.stderr)
-                continue
-            variant = VARIANTS[name]
-            text = bench.encode(variant.text, records if variant.text == "given" else answers(bench, records, options))
-            try:
-                model, took = align(bench, variant, text, seed)
-            except RuntimeError as error:  # of the GPU or its compiler; the other variants may still work
-                print(f"{name}, seed {seed} failed: {str(error)[:500]}", file=sys.stderr)
-                continue
-            after = {domain: words(model, texts, bench.budget) for domain, texts in held_out.items()}
-            del model
-            found = {domain: measure(before[domain], after[domain], texts, seed) for domain, texts in held_out.items()}
-            runs.append({"variant": name, "seed": seed, "training": took, "domains": found})
-            print(summary(runs[-1]), flush=True)
-            save(runs, options)
+    texts = encoded(options)
+    print(f"{texts.describe()} after {time.monotonic() - began:.0f} s", file=sys.stderr)
+    known = [name for name, variant in VARIANTS.items() if all(kind in texts.training for kind in variant.text)]
+    options.variants = options.variants or known
+    runs = known_runs(options, texts)
+    there = {(run["variant"], run["seed"]) for run in runs}
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as scratch:
+        texts.store(Path(scratch) / "texts")
+        work = Work(Path(scratch) / "texts", options.model, budget, options.save)
+        with ProcessPoolExecutor(options.at_once, mp_context=context, initializer=begin, initargs=(work,)) as pool:
+            jobs = {
+                pool.submit(measure, name, seed): (name, seed)
+                for seed in options.seeds
+                for name in options.variants
+                if (name, seed) not in there
+            }
+            for job in as_completed(jobs):
+                try:
+                    runs.append(job.result())
+                except CancelledError:
+                    print("no time left for {}, seed {}".format(*jobs[job]), file=sys.stderr)
+                    continue
+                except RuntimeError as error:  # of the GPU or its compiler; the other variants may still work
+                    print("{}, seed {} failed: {}".format(*jobs[job], str(error)[:500]), file=sys.stderr)
+                    continue
+                print(summary(runs[-1]), flush=True)
+                store(runs, texts, options)
+                if time.monotonic() - began > 60 * options.minutes:
+                    for other in jobs:
+                        other.cancel()
     print_table(runs)
 
 
-def answers(bench: Bench, records: list[Record], options: argparse.Namespace) -> list[Record]:
-    """The target's own, made once."""
-    if not bench.generated:
-        some = records[:: max(1, len(records) // options.generate)]
-        bench.generated = generate(bench.target, some, tokens=options.generated_tokens, seed=0)
-    return bench.generated
+def encoded(options: argparse.Namespace) -> Texts:
+    """All text as the target sees it, from the file that keeps it if that is there."""
+    if options.encoded is not None and options.encoded.exists():
+        return Texts.load(options.encoded)
+    sources = Sources(datasets=options.datasets, answers=options.answers, free=options.free, records=options.records)
+    small = load_causal_lm(options.model, device="cpu")
+    texts = gather(sources, options.texts, small, load_causal_lm(options.target), options.row_length)
+    if options.encoded is not None:
+        texts.store(options.encoded)
+    return texts
 
 
-def measure(before: list[Any], after: list[Any], texts: list[Any], seed: int) -> dict[str, Any]:
-    measures = compare_words(before, after, target_words(texts), list(range(len(texts))))
+@dataclass(frozen=True)
+class Work:
+    """What every process needs, and reads once."""
+
+    texts: Path
+    model: str
+    budget: Budget
+    save: Path | None
+
+
+@dataclass
+class Desk:
+    work: Work
+    texts: Texts
+    before: dict[str, Reading]
+
+
+_desk: Desk
+
+
+def begin(work: Work) -> None:
+    """In each process, first."""
+    global _desk  # a pool hands its tasks nothing else
+    quieten_libraries()
+    texts = Texts.load(work.texts)
+    untrained = open_small(work.model).model
+    _desk = Desk(work, texts, {name: read(untrained, found, work.budget) for name, found in texts.held_out.items()})
+
+
+def measure(name: str, seed: int) -> dict[str, Any]:
+    """Train one variant; the figures before and after by domain."""
+    work, variant = _desk.work, VARIANTS[name]
+    lm, model, took = align(work.model, variant, work.budget, _desk.texts.of(variant.text), seed)
+    found = {
+        domain: compare(_desk.before[domain], read(model, texts, work.budget), texts, seed)
+        for domain, texts in _desk.texts.held_out.items()
+    }
+    if work.save is not None and seed == 0:
+        save(lm, model, work.save / name.replace(" ", "_").replace(",", ""))
+    return {"variant": name, "seed": seed, "training": took, "domains": found}
+
+
+def compare(before: Reading, after: Reading, texts: HeldOut, seed: int) -> dict[str, Any]:
+    measures = compare_words(before.words, after.words, texts.nats(), list(range(len(texts.examples))))
+    measures["bits_per_byte"] = Measure(
+        before=before.nats / np.log(2), after=after.nats / np.log(2), weight=texts.responses, higher_is_better=False
+    )
     return {name: found.describe(seed) for name, found in measures.items()}
 
 
 def summary(run: dict[str, Any]) -> str:
     parts = [
-        f"{domain}: ρ {m['spearman']['before']:.3f} → {m['spearman']['after']:.3f}, 10× "
+        f"{domain}: {m['bits_per_byte']['before']:.3f} → {m['bits_per_byte']['after']:.3f} bits per byte, "
+        f"ρ {m['spearman']['before']:.3f} → {m['spearman']['after']:.3f}, 10× "
         f"{m['kept_overlap_10x']['before']:.3f} → {m['kept_overlap_10x']['after']:.3f} ({gap(m):+.0%} of the gap)"
         for domain, m in run["domains"].items()
     ]
@@ -163,18 +240,39 @@ def print_table(runs: list[dict[str, Any]]) -> None:
         print(f"| {name} | {len(of_name)} | {' | '.join(cell for _, cell in cells)} | {mean:+.1%} |")
 
 
-def save(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    chosen = {name: getattr(options, name) for name in ("model", "target", "tokens", "seeds", "texts", "generate")}
+def known_runs(options: argparse.Namespace, texts: Texts) -> list[dict[str, Any]]:
+    """Of an earlier call with the same settings and text."""
+    if not options.out.exists():
+        return []
+    found = json.loads(options.out.read_text(encoding="utf-8"))
+    same = {**chosen(options), **texts.describe()}
+    if any(found[name] != value for name, value in same.items()):
+        sys.exit(f"{options.out} was made with other settings or text; give another --out")
+    return list(found["runs"])
+
+
+def chosen(options: argparse.Namespace) -> dict[str, Any]:
+    names = {name: Path(getattr(options, name)).name for name in ("model", "target")}
+    return names | {name: getattr(options, name) for name in ("tokens", "texts")}
+
+
+def store(runs: list[dict[str, Any]], texts: Texts, options: argparse.Namespace) -> None:
+    names = list(dict.fromkeys([*(run["variant"] for run in runs), *options.variants]))
     result = {
-        "command": "python benchmarks/align_objectives.py " + " ".join(f"--{k} {v}" for k, v in chosen.items()),
-        **chosen,
-        "variants": {name: str(VARIANTS[name]) for name in options.variants},
+        "command": "python benchmarks/align_objectives.py --datasets FOLDER --answers records.jsonl --free free.jsonl "
+        + " ".join(f"--{name} {value}" for name, value in chosen(options).items())
+        + " --seeds "
+        + " ".join(str(seed) for seed in sorted({run["seed"] for run in runs})),
+        **chosen(options),
+        **texts.describe(),
+        "variants": {name: asdict(VARIANTS[name]) for name in names},
+        "date": time.strftime("%Y-%m-%d"),
         "versions": describe_versions(),
         "hardware": describe_hardware(),
-        "runs": runs,
+        "runs": sorted(runs, key=lambda run: (names.index(run["variant"]), run["seed"])),
     }
     with atomic_file(options.out) as file:
-        json.dump(result, file, indent=2)
+        json.dump(result, file, indent=1)
         file.write("\n")
 
 

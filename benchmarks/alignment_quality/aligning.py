@@ -1,10 +1,10 @@
-"""One alignment in memory: train, and the words' surprisals of held-out text before and after."""
+"""One alignment in memory: train, and what the model makes of held-out text."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
+from alignment_quality.texts import HeldOut
 from numpy.typing import NDArray
 
-from terselm.data.records import Record
 from terselm.models import CausalLM, load_causal_lm
 from terselm.train.batches import MODEL_INPUTS, Collator
-from terselm.train.choices import LossOn, Overlong, Template
+from terselm.train.choices import LossOn
 from terselm.train.config import (
     AlignConfig,
     DataSettings,
@@ -26,8 +26,7 @@ from terselm.train.config import (
     ObjectiveSettings,
     OptimisationSettings,
 )
-from terselm.train.examples import Encoding, Example, encode
-from terselm.train.guidance import Target
+from terselm.train.examples import Example
 from terselm.train.lora import add_adapter
 from terselm.train.objectives import Mixture
 from terselm.train.objectives.words import by_word
@@ -46,11 +45,13 @@ class Variant:
 
     objective: ObjectiveSettings
     loss_on: LossOn = LossOn.RESPONSE
-    text: str = "given"
-    """``given``: the training text; ``generated``: the target's own output to the same prompts."""
+    text: tuple[str, ...] = ("given",)
+    """Kinds of text that are trained on; see `texts.Kind`."""
     rank: int = 32
     all_weights: bool = False
     learning_rate: float = 1e-3
+    times: int = 1
+    """How many times as many tokens as the others see."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,58 +65,39 @@ class Budget:
     compile: bool = False
 
 
-@dataclass(kw_only=True)
-class Bench:
-    """The small LM's name, the target, and everything that is encoded once."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reading:
+    """What a model makes of held-out texts.
 
-    model: str
-    target: CausalLM
-    budget: Budget
-    generated: list[Record] = field(default_factory=list)
-    _encoded: dict[str, list[Example]] = field(default_factory=dict)
+    Attributes:
+        words: the surprisal of every word, nats, one array a text.
+        nats: ``(texts,)``, of each response.
+    """
 
-    def encode(self, name: str, records: Sequence[Record]) -> list[Example]:
-        """With the target's opinion on every word; encoded once by name."""
-        if name not in self._encoded:
-            small = load_causal_lm(self.model, device="cpu")
-            self._encoded[name] = list(encode(records, self._encoding(small)).examples)
-        return self._encoded[name]
-
-    def _encoding(self, small: CausalLM) -> Encoding:
-        return Encoding(
-            tokenizer=small.tokenizer,
-            start_id=small.start_id,
-            end_id=None,
-            template=Template.RAW,
-            loss_on=LossOn.RESPONSE,
-            max_length=self.budget.row_length,
-            overlong=Overlong.SPLIT,
-            target=Target(self.target, 0, small.tokenizer),
-        )
+    words: list[Floats]
+    nats: Floats
 
 
-def align(bench: Bench, variant: Variant, text: Sequence[Example], seed: int) -> tuple[Any, dict[str, Any]]:
-    """The aligned model and what training took."""
-    device = PartialState().device
-    half = device.type == "cuda"
-    dtype = "bfloat16" if half and not variant.all_weights else "float32"
-    lm = load_causal_lm(bench.model, device=str(device), dtype=dtype)
-    score_instead_of_logits(lm.model, autocast=torch.bfloat16 if half else None)
+def align(
+    name: str, variant: Variant, budget: Budget, text: Sequence[Example], seed: int
+) -> tuple[CausalLM, Any, dict[str, Any]]:
+    """The small LM, its model with the adapter on it, both aligned, and what training took."""
+    lm = open_small(name, "float32" if variant.all_weights else "auto")
     if variant.loss_on is LossOn.ALL:
         text = [replace(example, counted=np.arange(len(example)) > 0) for example in text]
-    rows = pack(text, bench.budget.row_length)
-    steps = max(1, bench.budget.tokens // (bench.budget.rows_per_step * bench.budget.row_length))
+    rows = pack(text, budget.row_length)
+    steps = max(1, variant.times * budget.tokens // (budget.rows_per_step * budget.row_length))
     config = AlignConfig(
-        data=DataSettings(max_length=bench.budget.row_length),
+        data=DataSettings(max_length=budget.row_length),
         objective=variant.objective,
         lora=LoraSettings(rank=variant.rank, alpha=2 * variant.rank),
         optimisation=OptimisationSettings(
-            epochs=steps * bench.budget.rows_per_step / len(rows),
-            rows_per_step=bench.budget.rows_per_step,
-            rows_per_pass=bench.budget.rows_per_pass,
+            epochs=steps * budget.rows_per_step / len(rows),
+            rows_per_step=budget.rows_per_step,
+            rows_per_pass=budget.rows_per_pass,
             learning_rate=variant.learning_rate,
         ),
-        engine=EngineSettings(compile=bench.budget.compile),
+        engine=EngineSettings(compile=budget.compile),
         log_every=50,
         save_every=10**9,
         seed=seed,
@@ -137,35 +119,41 @@ def align(bench: Bench, variant: Variant, text: Sequence[Example], seed: int) ->
         "seconds": trainer.progress.seconds,
         "loss": history,
     }
-    return model, took
+    return lm, model, took
 
 
-def base(bench: Bench) -> Any:
-    """The small LM as it is."""
+def open_small(name: str, dtype: str = "auto") -> CausalLM:
+    """The small LM as it is, giving surprisals in place of logits; bfloat16 on a GPU."""
     device = PartialState().device
     half = device.type == "cuda"
-    lm = load_causal_lm(bench.model, device=str(device), dtype="bfloat16" if half else "float32")
+    lm = load_causal_lm(
+        name, device=str(device), dtype=("bfloat16" if half else "float32") if dtype == "auto" else dtype
+    )
     score_instead_of_logits(lm.model, autocast=torch.bfloat16 if half else None)
-    return lm.model
+    return lm
 
 
 @torch.no_grad()
-def words(model: Any, texts: Sequence[Example], budget: Budget) -> list[Floats]:
-    """Surprisal of every word under the model, one array a text."""
+def read(model: Any, texts: HeldOut, budget: Budget) -> Reading:
+    """What the model makes of the texts of a domain."""
     model.eval()
-    collator = Collator(
-        objective=Mixture.of(ObjectiveSettings(nll=0, matching=1, target="it")), width=budget.row_length
-    )
+    objective = Mixture.of(ObjectiveSettings(nll=1, matching=1, target="it"))
+    collator = Collator(objective=objective, width=budget.row_length)
     device = next(model.parameters()).device
-    found = []
-    for start in range(0, len(texts), budget.rows_per_pass):
-        some = texts[start : start + budget.rows_per_pass]
+    words, nats = [], []
+    for start in range(0, len(texts.examples), budget.rows_per_pass):
+        some = texts.examples[start : start + budget.rows_per_pass]
         batch = {name: tensor.to(device) for name, tensor in collator([[text] for text in some]).items()}
         surprisals = model(**{name: batch[name] for name in MODEL_INPUTS})
         counts = [len(text.guide.nats) for text in some if text.guide is not None]
-        found += [part.double().cpu().numpy() for part in torch.split(by_word(surprisals, batch), counts)]
-    return found
+        words += [part.double().cpu().numpy() for part in torch.split(by_word(surprisals, batch), counts)]
+        tokens = [int(objective.reads(text).sum()) for text in some]
+        nats += [float(part.double().sum()) for part in torch.split(surprisals * batch["counted"], tokens)]
+    return Reading(words=words, nats=np.asarray(nats))
 
 
-def target_words(texts: Sequence[Example]) -> list[Floats]:
-    return [text.guide.nats.astype(np.float64) for text in texts if text.guide is not None]
+def save(lm: CausalLM, model: Any, folder: Path) -> None:
+    """The aligned model as a folder that the compressor loads."""
+    merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    merged.to(torch.bfloat16).save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
