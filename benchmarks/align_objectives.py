@@ -17,11 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
+import traceback
 from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ import numpy as np
 from alignment_quality.aligning import Budget, Reading, Variant, align, open_small, read, save
 from alignment_quality.texts import HeldOut, Sources, Texts, gather
 
+from terselm.errors import TerseLMError
 from terselm.files import atomic_file
 from terselm.models import load_causal_lm
 from terselm.train.choices import LossOn
@@ -132,8 +135,9 @@ def run(options: argparse.Namespace) -> None:
                 except CancelledError:
                     print("no time left for {}, seed {}".format(*jobs[job]), file=sys.stderr)
                     continue
-                except RuntimeError as error:  # of the GPU or its compiler; the other variants may still work
-                    print("{}, seed {} failed: {}".format(*jobs[job], str(error)[:500]), file=sys.stderr)
+                except (RuntimeError, OSError, TerseLMError) as error:  # the other variants may still work
+                    print("{}, seed {} failed:".format(*jobs[job]), file=sys.stderr)
+                    traceback.print_exception(error, limit=-4)
                     continue
                 print(summary(runs[-1]), flush=True)
                 store(runs, texts, options)
@@ -178,6 +182,8 @@ _desk: Desk
 def begin(work: Work) -> None:
     """In each process, first."""
     global _desk  # a pool hands its tasks nothing else
+    for cache in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):  # several that compile the same get in their way
+        os.environ[cache] = str(work.texts.with_name(f"{cache.lower()}-{os.getpid()}"))
     quieten_libraries()
     texts = Texts.load(work.texts)
     untrained = open_small(work.model).model
@@ -187,7 +193,14 @@ def begin(work: Work) -> None:
 def measure(name: str, seed: int) -> dict[str, Any]:
     """Train one variant; the figures before and after by domain."""
     work, variant = _desk.work, VARIANTS[name]
-    lm, model, took = align(work.model, variant, work.budget, _desk.texts.of(variant.text), seed)
+    text = _desk.texts.of(variant.text)
+    try:
+        lm, model, took = align(work.model, variant, work.budget, text, seed)
+    except RuntimeError as error:
+        if not work.budget.compile:
+            raise
+        print(f"{name}, seed {seed}, again without compiling: {str(error)[-600:]}", file=sys.stderr)
+        lm, model, took = align(work.model, variant, replace(work.budget, compile=False), text, seed)
     found = {
         domain: compare(_desk.before[domain], read(model, texts, work.budget), texts, seed)
         for domain, texts in _desk.texts.held_out.items()

@@ -18,6 +18,7 @@ from terselm.train.packing import IGNORED
 from terselm.train.varlen import VARLEN_ATTENTION, UnsupportedAttentionError
 
 _PROBE = 16  # tokens
+_STRIDE = 7919  # a prime
 
 
 def score_instead_of_logits(lm: Any, *, autocast: torch.dtype | None) -> None:
@@ -55,7 +56,7 @@ def score_instead_of_logits(lm: Any, *, autocast: torch.dtype | None) -> None:
             hidden = _last_states(lm, input_ids, position_ids, cu_seqlens)
             return surprisals(lm, hidden.flatten(0, 1)[at], wanted)
 
-    _choose_attention(lm, forward)
+    _choose_attention(lm, forward, autocast)
     lm.forward = forward
 
 
@@ -73,26 +74,43 @@ def _last_states(lm: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlens: T
 
 
 @torch.no_grad()
-def _choose_attention(lm: Any, forward: Callable[..., Tensor]) -> None:
+def _choose_attention(lm: Any, forward: Callable[..., Tensor], autocast: torch.dtype | None) -> None:
     """The fastest attention that keeps packed examples apart; also proves that we know the model's head."""
-    ids = torch.arange(_PROBE, device=lm.device) % lm.config.vocab_size
-    logits = lm(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+    ids = _probe(lm)
+    with torch.autocast(lm.device.type, dtype=autocast) if autocast is not None else nullcontext():
+        logits = lm(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
     alone = functional.cross_entropy(logits, ids[1:], reduction="none")
     labels = torch.cat([ids[1:], ids.new_tensor([IGNORED])])
     twice = {"input_ids": ids, "position_ids": torch.arange(_PROBE, device=lm.device), "labels": labels}
     packed = {name: tensor.repeat(2)[None] for name, tensor in twice.items()}
+    exact = autocast is None and lm.dtype.itemsize >= 4
     for implementation in _candidates(lm):
         lm.set_attn_implementation(implementation)
         try:
             found = forward(**packed)
         except UnsupportedAttentionError:
             continue
-        if torch.allclose(found, alone.repeat(2), atol=0.1, rtol=0.02):  # bfloat16's rounding is well below
+        errors = (found - alone.repeat(2)).abs()
+        # Rounding in bfloat16 is 0.2 nats on average at most, examples that see each other ten.
+        allowed = 0.01 + 0.01 * alone.repeat(2) if exact else 0.1 + 0.02 * alone.mean()
+        if bool(((errors if exact else errors.mean()) <= allowed).all()):
             return
     raise ModelError(
         f"{type(lm).__name__} gives other probabilities in packed rows than for each text alone, so alignment would "
         "train something else; choose another small LM"
     )
+
+
+def _probe(lm: Any) -> Tensor:
+    """``(T,)``: tokens from all over the vocabulary, as after a start of text.
+
+    Control tokens, which come first in most vocabularies, drive trained models to states where bfloat16 is nats away.
+    """
+    ids: Tensor = (torch.arange(_PROBE, device=lm.device) * _STRIDE + _STRIDE) % lm.config.vocab_size
+    start = lm.config.bos_token_id
+    if isinstance(start, int) and 0 <= start < lm.config.vocab_size:
+        ids[0] = start
+    return ids
 
 
 def _candidates(lm: Any) -> list[str]:

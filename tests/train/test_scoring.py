@@ -12,7 +12,8 @@ from tiny_training import example, make_model, surprisals
 from torch import Tensor
 
 from terselm.errors import ModelError
-from terselm.train import log_probabilities
+from terselm.models import load_causal_lm
+from terselm.train import log_probabilities, scoring
 from terselm.train.attention import PACKED_ATTENTION
 from terselm.train.config import LoraSettings
 from terselm.train.lora import add_adapter
@@ -133,6 +134,28 @@ def test_bfloat16_weights_keep_a_float32_adapter_and_loss(tokenizer: Any) -> Non
     assert trained
     assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in trained)
     assert any(p.grad.abs().sum() > 0 for p in trained)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_rounding_is_not_taken_for_a_fault_of_the_attention(name: str, dtype: str, autocast: Any) -> None:
+    lm = load_causal_lm(name, device="cpu", dtype=dtype).model
+    score_instead_of_logits(lm, autocast=autocast)
+    assert lm.config._attn_implementation == PACKED_ATTENTION
+
+
+@pytest.mark.model
+def test_examples_that_see_each_other_are_refused_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_text(lm: Any, input_ids: Tensor, *_: Any) -> Tensor:
+        states: Tensor = lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return states
+
+    monkeypatch.setattr(scoring, "_last_states", one_text)
+    lm = load_causal_lm("smollm2-135m", device="cpu", dtype="bfloat16").model
+    with pytest.raises(ModelError, match="LlamaForCausalLM gives other probabilities"):
+        score_instead_of_logits(lm, autocast=torch.bfloat16)
 
 
 def test_a_head_that_does_more_is_refused(tokenizer: Any) -> None:
