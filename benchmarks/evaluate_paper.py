@@ -109,7 +109,7 @@ def main() -> None:
     ]
     jobs = [job for job in jobs if job[2] != "peer" or job[1] == options.target[0]]  # it shortens for all targets
     if options.aligned:
-        jobs += [(suite, options.target[0], "alignment") for suite in options.suites]
+        jobs = [*((suite, options.target[0], "alignment") for suite in options.suites), *jobs]
     with ThreadPoolExecutor(options.at_once) as pool:
         list(pool.map(lambda job: run_shard(options, *job), first))  # where one fails, its shards measure these again
         states = list(pool.map(lambda job: run_shard(options, *job), jobs))
