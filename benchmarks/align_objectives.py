@@ -112,13 +112,14 @@ def run(options: argparse.Namespace) -> None:
         rows_per_pass=options.rows_per_pass,
         compile=options.compile,
     )
-    texts = encoded(options)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:  # which gives the GPU's memory back when it ends
+        texts = pool.submit(encoded, options).result()
     print(f"{texts.describe()} after {time.monotonic() - began:.0f} s", file=sys.stderr)
     known = [name for name, variant in VARIANTS.items() if all(kind in texts.training for kind in variant.text)]
     options.variants = options.variants or known
     runs = known_runs(options, texts)
     there = {(run["variant"], run["seed"]) for run in runs}
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch:
         texts.store(Path(scratch) / "texts")
         work = Work(Path(scratch) / "texts", options.model, budget, options.save)

@@ -81,17 +81,9 @@ BASELINES = [
 ]
 PEER = "llmlingua"
 MATCHED = {  # llmlingua does not keep to a budget: these may be as long as what it makes of the same prompt
-    f"{name}, as long as llmlingua": name
-    for name in (
-        "terselm",
-        "terselm:paper",
-        f"terselm:{THINNED}",
-        f"terselm:{THINNED},k=1.2",
-        "terselm:anchor=0.5",
-        "terselm:anchor=0.5,unit=line",
-        "truncate",
-    )
+    f"{name}, as long as llmlingua": name for name in ("terselm", "terselm:paper", "truncate")
 }
+ALIGNMENT = "alignment"
 REFERENCES = "references"  # the bare question and the whole prompt, which all are compared with
 BUDGETS = ["1-shot", "half-shot", "quarter-shot"]
 
@@ -109,7 +101,7 @@ def main() -> None:
     ]
     jobs = [job for job in jobs if job[2] != "peer" or job[1] == options.target[0]]  # it shortens for all targets
     if options.aligned:
-        jobs = [*((suite, options.target[0], "alignment") for suite in options.suites), *jobs]
+        jobs = [*((suite, options.target[0], ALIGNMENT) for suite in options.suites), *jobs]
     with ThreadPoolExecutor(options.at_once) as pool:
         list(pool.map(lambda job: run_shard(options, *job), first))  # where one fails, its shards measure these again
         states = list(pool.map(lambda job: run_shard(options, *job), jobs))
@@ -118,9 +110,12 @@ def main() -> None:
         print(f"failed: {job}; see {log_of(options, *job)}", file=sys.stderr)
     for suite in options.suites:
         for target in options.target:
-            report(options, suite, target, [shard for shard in shards if (suite, target, shard) not in failed])
-        if options.aligned and (suite, options.target[0], "alignment") not in failed:
-            report(options, suite, options.target[0], ["alignment"])
+            done = [shard for shard in shards if (suite, target, shard) not in failed]
+            report(options, suite, target, done, [m for shard in done for m in methods_of(options, target, shard)])
+        first = options.target[0]
+        if options.aligned and (suite, first, ALIGNMENT) not in failed:
+            for name, pair in alignment_pairs(options).items():
+                report(options, suite, first, [ALIGNMENT], pair, f"alignment_{name}")
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
     sys.exit(bool(failed))
 
@@ -177,22 +172,31 @@ def journal_for(options: argparse.Namespace, suite: str, target: str, shard: str
     """The folder of a shard, whose journal begins with what every shard needs and one has measured."""
     folder = folder_of(options, suite, target, shard)
     known = folder_of(options, suite, target, REFERENCES) / JOURNAL
-    if shard not in (REFERENCES, "alignment") and known.exists() and not (folder / JOURNAL).exists():
+    if shard not in (REFERENCES, ALIGNMENT) and known.exists() and not (folder / JOURNAL).exists():
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(known, folder / JOURNAL)
     return folder
 
 
-def methods_of(options: argparse.Namespace, shard: str) -> list[str]:
+def alignment_pairs(options: argparse.Namespace) -> dict[str, list[str]]:
+    """By granularity: the small LM as it was, and aligned."""
+    models = options.small, options.aligned
+    return {
+        name: [f"terselm:model={weights_of(model)},{THINNED}{k}" for model in models]
+        for name, k in (("k2", ""), ("k1.2", ",k=1.2"))
+    }
+
+
+def methods_of(options: argparse.Namespace, target: str, shard: str) -> list[str]:
     if shard == REFERENCES:
         return ["truncate"]
     if shard == "ours":
         ours = options.methods.split() if options.methods else list(OURS)
-        ours += [f"terselm:model={weights_of(options.target[0])},{THINNED}{k}" for k in ("", ",k=1.2")]
+        if target != options.small:  # else it has compressed already
+            ours += [f"terselm:model={weights_of(target)},{THINNED}{k}" for k in ("", ",k=1.2")]
         return ours
-    if shard == "alignment":
-        models = options.small, options.aligned
-        return [f"terselm:model={weights_of(model)},{THINNED}{k}" for k in ("", ",k=1.2") for model in models]
+    if shard == ALIGNMENT:
+        return [method for pair in alignment_pairs(options).values() for method in pair]
     if shard == "ablated":
         return [f"terselm:{part}" for part in ABLATED] + ["terselm:paper,next-token"]
     return BASELINES if shard == "baselines" else [PEER, *MATCHED]
@@ -226,7 +230,7 @@ def settings_of(options: argparse.Namespace, suite: str, target: str, methods: S
         device=options.device,
         dtype=options.dtype,
         llmlingua=options.llmlingua,
-        oracle=bool(options.aligned) and list(methods) == methods_of(options, "alignment"),
+        oracle=bool(options.aligned) and set(methods) <= set(methods_of(options, target, ALIGNMENT)),
         batch=options.batch,
     )
 
@@ -237,6 +241,17 @@ class Remembering:
     def __init__(self, peer: Any) -> None:
         self._peer = peer
         self._known: dict[tuple[str, int], Compressed] = {}
+
+    def recall(self, run: Run) -> None:
+        """What it said before the run was stopped."""
+        journal = run.folder / JOURNAL
+        if not journal.exists():
+            return
+        prompts = {item.id: item.prompt for item in run.items}
+        for line in journal.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if entry.get("method") == PEER:
+                self._known[repr(prompts[entry["id"]]), entry["allowed"]] = Compressed(text=entry["text"])
 
     def compress(self, prompts: Sequence[Prompt], budgets: Sequence[int]) -> list[Compressed]:
         shortened = []
@@ -265,7 +280,7 @@ def measure(options: argparse.Namespace) -> None:
     """One shard, in a process of its own."""
     suite, target, shard = options.shard
     if shard != "peer":
-        settings = settings_of(options, suite, target, methods_of(options, shard))
+        settings = settings_of(options, suite, target, methods_of(options, target, shard))
         Run(settings, journal_for(options, suite, target, shard)).measure()
         return
     measure_peer(options, suite, shard)
@@ -283,8 +298,9 @@ def measure_peer(options: argparse.Namespace, suite: str, shard: str) -> None:
     remembering = Remembering(peer)
     try:
         for each in options.target:
-            settings = settings_of(options, suite, each, methods_of(options, shard))
+            settings = settings_of(options, suite, each, methods_of(options, each, shard))
             folder = journal_for(options, suite, each, shard)
+            remembering.recall(Run(settings, folder, methods=dict.fromkeys(MATCHED, remembering)))
             target = open_target(settings.target, folder)
             workshop = Workshop(settings, target, count, {})
             ready: dict[str, Method] = {PEER: remembering}
@@ -297,9 +313,15 @@ def measure_peer(options: argparse.Namespace, suite: str, shard: str) -> None:
         peer.close()
 
 
-def report(options: argparse.Namespace, suite: str, target: str, shards: Sequence[str]) -> None:
-    """The figures of all shards together; the journals are kept packed."""
-    methods = [method for shard in shards for method in methods_of(options, shard)]
+def report(
+    options: argparse.Namespace,
+    suite: str,
+    target: str,
+    shards: Sequence[str],
+    methods: Sequence[str],
+    kind: str = "evaluate",
+) -> None:
+    """The figures of some methods of these shards together; the journals are kept packed."""
     settings = settings_of(options, suite, target, methods)
     entries: list[Any] = []
     for shard in shards:
@@ -312,20 +334,26 @@ def report(options: argparse.Namespace, suite: str, target: str, shards: Sequenc
             shutil.copyfileobj(source, packed)
     loaded = Run(settings, options.out, methods={name: Remembering(None) for name in MATCHED}).suite
     figures = Figuring(settings, loaded, entries).all()
-    table = markdown(settings, loaded, figures).replace(settings.target.model, name_of(target))
+    table = without_folders(options, markdown(settings, loaded, figures))
     result = {
         "command": "python benchmarks/evaluate_paper.py " + " ".join(sys.argv[1:]),
         "commit": git_commit(),
+        "date": time.strftime("%Y-%m-%d"),
         "hardware": describe_hardware(),
         **as_json(settings, loaded, figures),
     }
-    kind = "alignment" if list(shards) == ["alignment"] else "evaluate"
     stem = options.out / f"{kind}_{suite}_{name_of(target)}"
-    stem.with_suffix(".json").write_text(
-        json.dumps(plain(result), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    stem.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
+    text = without_folders(options, json.dumps(plain(result), indent=1, ensure_ascii=False))
+    Path(f"{stem}.json").write_text(text + "\n", encoding="utf-8")
+    Path(f"{stem}.md").write_text(table + "\n", encoding="utf-8")
     print(table)
+
+
+def without_folders(options: argparse.Namespace, text: str) -> str:
+    """Models by name; where their weights lay matters to nobody else."""
+    for model in [*options.target, options.small, *([options.aligned] if options.aligned else [])]:
+        text = text.replace(model, name_of(model)).replace(weights_of(model), name_of(model))
+    return text.replace(str(options.data), "FOLDER").replace(str(options.out), "OUT").replace(str(Path.home()), "~")
 
 
 if __name__ == "__main__":
