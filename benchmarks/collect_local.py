@@ -88,7 +88,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     total = seconds["generate"] + seconds["score"]
     return {
         "command": f"python benchmarks/collect_local.py --instructions {Path(given.instructions).name} "
-        f"--count {given.count} --model {given.model}",
+        f"--count {given.count} --model {Path(given.model).name}",
         "records": summary.records,
         "asked": len(asked) * samples,
         "dropped": summary.without_record,
