@@ -68,6 +68,7 @@ VARIANTS = {
     "ranking": Variant(objective=matched(matching=0, ranking=1)),
     "matching, the target's answers": Variant(objective=matched(), text=("answers",)),
     "matching, free text": Variant(objective=matched(), text=("free",)),
+    "matching, the target's own text": Variant(objective=matched(), text=("answers", "free")),
     "matching, all text": Variant(objective=matched(), text=ALL),
     "matching, all weights": Variant(**whole(objective=matched())),
     "matching + ranking, all weights": Variant(**whole()),
