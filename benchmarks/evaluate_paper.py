@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -81,7 +82,7 @@ BASELINES = [
 ]
 PEER = "llmlingua"
 MATCHED = {  # llmlingua does not keep to a budget: these may be as long as what it makes of the same prompt
-    f"{name}, as long as llmlingua": name for name in ("terselm", "terselm:paper", "truncate")
+    f"{name}, as long as llmlingua": name for name in ("terselm", "truncate")
 }
 ALIGNMENT = "alignment"
 REFERENCES = "references"  # the bare question and the whole prompt, which all are compared with
@@ -322,7 +323,6 @@ def report(
     kind: str = "evaluate",
 ) -> None:
     """The figures of some methods of these shards together; the journals are kept packed."""
-    settings = settings_of(options, suite, target, methods)
     entries: list[Any] = []
     for shard in shards:
         journal = folder_of(options, suite, target, shard) / JOURNAL
@@ -332,6 +332,7 @@ def report(
         entries += [json.loads(line) for line in lines[1:]]
         with journal.open("rb") as source, gzip.open(journal.with_suffix(".jsonl.gz"), "wb") as packed:
             shutil.copyfileobj(source, packed)
+    settings = settings_of(options, suite, target, whole(methods, entries, options.budgets.split(",")))
     loaded = Run(settings, options.out, methods={name: Remembering(None) for name in MATCHED}).suite
     figures = Figuring(settings, loaded, entries).all()
     table = without_folders(options, markdown(settings, loaded, figures))
@@ -347,6 +348,21 @@ def report(
     Path(f"{stem}.json").write_text(text + "\n", encoding="utf-8")
     Path(f"{stem}.md").write_text(table + "\n", encoding="utf-8")
     print(table)
+
+
+def whole(methods: Sequence[str], entries: Sequence[Any], budgets: Sequence[str]) -> list[str]:
+    """Those that were measured to the end: as often at every budget as any method was."""
+    counts = Counter(
+        (entry["method"], entry["budget"]) for entry in {cell_of(entry): entry for entry in entries}.values()
+    )
+    found = [name for name in methods if all(counts[name, budget] == max(counts.values()) for budget in budgets)]
+    for name in [name for name in methods if name not in found]:
+        print(f"left out, since it was not measured to the end: {name}", file=sys.stderr)
+    return found
+
+
+def cell_of(entry: Any) -> tuple[str, str, str]:
+    return entry["method"], entry["budget"], entry["id"]
 
 
 def without_folders(options: argparse.Namespace, text: str) -> str:
