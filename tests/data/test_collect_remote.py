@@ -201,10 +201,10 @@ def test_the_cost_is_a_hard_stop_over_all_runs(tmp_path: Path, server: Server, e
         summary, records = gather(instructions(200), out, settings(endpoint), prices=prices, max_cost=most)
         true = (sum(server.answered.values()) + server.injected["malformed"]) * (7 * 1000 + 6 * 5000) / 1e6
         assert true <= summary.cost <= most
+        assert summary.cost > most - 2 * 0.12  # a request may cost 0.12 at most: next to none was left
         assert summary.stopped is not None
         assert summary.stopped.startswith("max_cost: ")
         assert len(records) == sum(server.answered.values())
-    assert true > 0.7 * 2.5
     with pytest.raises(ConfigError, match="has no price for 'other'; it has m"):
         gather(instructions(1), out, settings(endpoint, model="other"), prices=prices)
     with pytest.raises(ConfigError, match="max_cost needs a price table"):
