@@ -50,8 +50,6 @@ class Variant:
     rank: int = 32
     all_weights: bool = False
     learning_rate: float = 1e-3
-    times: int = 1
-    """How many times as many tokens as the others see."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +84,7 @@ def align(
     if variant.loss_on is LossOn.ALL:
         text = [replace(example, counted=np.arange(len(example)) > 0) for example in text]
     rows = pack(text, budget.row_length)
-    steps = max(1, variant.times * budget.tokens // (budget.rows_per_step * budget.row_length))
+    steps = max(1, budget.tokens // (budget.rows_per_step * budget.row_length))
     config = AlignConfig(
         data=DataSettings(max_length=budget.row_length),
         objective=variant.objective,

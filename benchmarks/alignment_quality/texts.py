@@ -1,8 +1,7 @@
-"""All text of the comparison, with the target's opinion on every word: made once, kept in one file."""
+"""All text of the comparison, with the target's opinion on every word: made once."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -62,15 +61,6 @@ class Texts:
             "training_tokens": {kind.value: sum(map(len, some)) for kind, some in self.training.items()},
             "held_out_texts": {domain: len(found.examples) for domain, found in self.held_out.items()},
         }
-
-    def store(self, path: Path) -> None:
-        path.write_bytes(pickle.dumps(self))
-
-    @staticmethod
-    def load(path: Path) -> Texts:
-        found = pickle.loads(path.read_bytes())  # written by the same program, a minute ago
-        assert isinstance(found, Texts)
-        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,82 @@
+"""llmlingua beside ours: asked once for each prompt, and ours given as many tokens as it took."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from paper_tables.plan import MATCHED, PEER, journal_for, methods_of, settings_of
+from terselm.compress.counter import Count, resolve_counter
+from terselm.compress.evaluation.methods import Compressed, Method, parse_method
+from terselm.compress.evaluation.opening import Workshop, open_target
+from terselm.compress.evaluation.peer import Llmlingua
+from terselm.compress.evaluation.runner import JOURNAL, Run
+from terselm.compress.prompt import Prompt
+
+
+class Remembering:
+    """llmlingua, asked once for each prompt and budget, whichever target then reads the answer."""
+
+    def __init__(self, peer: Method) -> None:
+        self._peer = peer
+        self._known: dict[tuple[str, int], Compressed] = {}
+
+    def recall(self, run: Run) -> None:
+        """What it said before the run was stopped."""
+        journal = run.folder / JOURNAL
+        if not journal.exists():
+            return
+        prompts = {item.id: item.prompt for item in run.items}
+        for line in journal.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if entry.get("method") == PEER:
+                self._known[repr(prompts[entry["id"]]), entry["allowed"]] = Compressed(text=entry["text"])
+
+    def compress(self, prompts: Sequence[Prompt], budgets: Sequence[int]) -> list[Compressed]:
+        shortened = []
+        for prompt, budget in zip(prompts, budgets, strict=True):
+            key = repr(prompt), budget
+            if key not in self._known:
+                self._known[key] = self._peer.compress([prompt], [budget])[0]
+            shortened.append(self._known[key])
+        return shortened
+
+
+class AsLong:
+    """A method that may use as many tokens as llmlingua does."""
+
+    def __init__(self, method: Method, peer: Method, count: Count) -> None:
+        self._method = method
+        self._peer = peer
+        self._count = count
+
+    def compress(self, prompts: Sequence[Prompt], budgets: Sequence[int]) -> list[Compressed]:
+        lengths = [self._count(one.text) for one in self._peer.compress(prompts, budgets)]
+        return self._method.compress(prompts, lengths)
+
+
+def measure_peer(options: argparse.Namespace, suite: str, shard: str) -> None:
+    """llmlingua for all targets, and ours as long as it."""
+    first = settings_of(options, suite, options.target[0], [PEER])
+    count = resolve_counter(first.counter)
+    assert count is not None
+    peer = Llmlingua(first.llmlingua, first.model, options.device)
+    remembering = Remembering(peer)
+    try:
+        for each in options.target:
+            settings = settings_of(options, suite, each, methods_of(options, each, shard))
+            folder = journal_for(options, suite, each, shard)
+            target = open_target(settings.target, folder)
+            workshop = Workshop(settings, target, count, {})
+            ready: dict[str, Method] = {PEER: remembering}
+            with ExitStack() as stack:
+                for name, ours in MATCHED.items():
+                    method = stack.enter_context(workshop.method(parse_method(ours)))
+                    ready[name] = AsLong(method, remembering, count)
+                run = Run(settings, folder, target, ready)
+                remembering.recall(run)
+                run.measure()
+    finally:
+        peer.close()

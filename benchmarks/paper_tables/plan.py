@@ -1,0 +1,143 @@
+"""What is measured: methods by shard, the settings of an evaluation, and where its journal lies."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from terselm.compress.evaluation.runner import JOURNAL
+from terselm.compress.evaluation.settings import EvaluateSettings, SuiteName, SuiteSettings, TargetSettings
+
+THINNED = "anchor=0"  # the question whole, demonstrations token by token
+OURS = [
+    "terselm",
+    "terselm:paper",
+    f"terselm:{THINNED}",
+    *(f"terselm:{THINNED},{more}" for more in (
+        "k=1.5",
+        "k=1.2",
+        "k=1",
+        "unit=word",
+        "unit=sentence",
+        "unit=line",
+        "unit=demonstration",
+        "segment_size=400",
+    )),
+    *(f"terselm:anchor={more}" for more in (
+        "0.3",
+        "0.5",
+        "0.5,unit=line",
+        "0.5,unit=sentence",
+        "0.7",
+        "1,anchor_by=last",
+        "1,unit=demonstration",
+    )),
+]  # fmt: skip
+ABLATED = [
+    "no-budget-controller",
+    "no-iteration",
+    "no-perplexity-selection",
+    "uniform-rates",
+    "random-tokens",
+    "next-token",
+]
+BASELINES = [
+    "truncate",
+    "truncate-end",
+    "random-words",
+    "demonstrations-random",
+    "demonstrations-last",
+    "demonstrations-perplexity",
+    "demonstrations-similar",
+    "sentences-random",
+    "selective-context",
+    "selective-sentences",
+]
+PEER = "llmlingua"
+MATCHED = {  # llmlingua does not keep to a budget: these may be as long as what it makes of the same prompt
+    f"{name}, as long as llmlingua": name for name in ("terselm", "truncate")
+}
+ALIGNMENT = "alignment"
+REFERENCES = "references"  # the bare question and the whole prompt, which all are compared with
+BUDGETS = ["1-shot", "half-shot", "quarter-shot"]
+
+
+def folder_of(options: argparse.Namespace, *job: str) -> Path:
+    return Path(options.out) / "-".join(map(name_of, job))
+
+
+def name_of(model: str) -> str:
+    return model.partition("=")[0]
+
+
+def weights_of(model: str) -> str:
+    return model.partition("=")[2] or model
+
+
+def journal_for(options: argparse.Namespace, suite: str, target: str, shard: str) -> Path:
+    """The folder of a shard, whose journal begins with what every shard needs and one has measured."""
+    folder = folder_of(options, suite, target, shard)
+    known = folder_of(options, suite, target, REFERENCES) / JOURNAL
+    if shard not in (REFERENCES, ALIGNMENT) and known.exists() and not (folder / JOURNAL).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(known, folder / JOURNAL)
+    return folder
+
+
+def alignment_pairs(options: argparse.Namespace) -> dict[str, list[str]]:
+    """By granularity: the small LM as it was, and aligned."""
+    models = options.small, options.aligned
+    return {
+        name: [f"terselm:model={weights_of(model)},{THINNED}{k}" for model in models]
+        for name, k in (("k2", ""), ("k1.2", ",k=1.2"))
+    }
+
+
+def methods_of(options: argparse.Namespace, target: str, shard: str) -> list[str]:
+    if shard == REFERENCES:
+        return ["truncate"]
+    if shard == "ours":
+        ours = options.methods.split() if options.methods else list(OURS)
+        if target != options.small:  # else it has compressed already
+            ours += [f"terselm:model={weights_of(target)},{THINNED}{k}" for k in ("", ",k=1.2")]
+        return ours
+    if shard == ALIGNMENT:
+        return [method for pair in alignment_pairs(options).values() for method in pair]
+    if shard == "ablated":
+        return [f"terselm:{part}" for part in ABLATED] + ["terselm:paper,next-token"]
+    return BASELINES if shard == "baselines" else [PEER, *MATCHED]
+
+
+def settings_of(options: argparse.Namespace, suite: str, target: str, methods: Sequence[str]) -> EvaluateSettings:
+    data = options.data
+    suites = {
+        "gsm8k": SuiteSettings(
+            name=SuiteName.GSM8K,
+            questions=options.questions,
+            sets=options.sets,
+            data=data / "gsm8k" / "test.jsonl",
+            train=data / "gsm8k" / "train.jsonl",
+        ),
+        "bbh": SuiteSettings(
+            name=SuiteName.BBH,
+            questions=options.bbh_questions,
+            tasks=[task for task in options.bbh_tasks.split(",") if task],
+            data=data / "bbh" / "tasks",
+            prompt=data / "bbh" / "cot_prompts",
+        ),
+    }
+    return EvaluateSettings(
+        suite=suites[suite],
+        target=TargetSettings(model=weights_of(target), device=options.device, dtype=options.dtype),
+        methods=list(methods),
+        budgets=options.budgets.split(","),
+        counter=weights_of(options.small),
+        model=weights_of(options.small),
+        device=options.device,
+        dtype=options.dtype,
+        llmlingua=options.llmlingua,
+        oracle=bool(options.aligned) and set(methods) <= set(methods_of(options, target, ALIGNMENT)),
+        batch=options.batch,
+    )

@@ -1,0 +1,80 @@
+"""The figures of several shards together, as JSON and Markdown."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from paper_tables.plan import folder_of, name_of, settings_of, weights_of
+from terselm.compress.evaluation.figures import Figuring
+from terselm.compress.evaluation.report import as_json, markdown, plain
+from terselm.compress.evaluation.runner import JOURNAL
+from terselm.compress.evaluation.suites import load_suite
+from terselm.train.hardware import describe_hardware
+from terselm.train.provenance import git_commit
+
+
+def report(
+    options: argparse.Namespace,
+    suite: str,
+    target: str,
+    shards: Sequence[str],
+    methods: Sequence[str],
+    kind: str = "evaluate",
+) -> None:
+    """The figures of some methods of these shards together; the journals are kept packed."""
+    entries: list[Any] = []
+    for shard in shards:
+        journal = folder_of(options, suite, target, shard) / JOURNAL
+        if not journal.exists():
+            continue
+        lines = journal.read_text(encoding="utf-8").splitlines()
+        entries += [json.loads(line) for line in lines[1:]]
+        with journal.open("rb") as source, gzip.open(journal.with_suffix(".jsonl.gz"), "wb") as packed:
+            shutil.copyfileobj(source, packed)
+    settings = settings_of(options, suite, target, whole(methods, entries, options.budgets.split(",")))
+    loaded = load_suite(settings.suite)
+    figures = Figuring(settings, loaded, entries).all()
+    table = without_folders(options, markdown(settings, loaded, figures))
+    result = {
+        "command": "python benchmarks/evaluate_paper.py " + " ".join(sys.argv[1:]),
+        "commit": git_commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": describe_hardware(),
+        **as_json(settings, loaded, figures),
+    }
+    stem = options.out / f"{kind}_{suite}_{name_of(target)}"
+    text = without_folders(options, json.dumps(plain(result), indent=1, ensure_ascii=False))
+    Path(f"{stem}.json").write_text(text + "\n", encoding="utf-8")
+    Path(f"{stem}.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+
+
+def whole(methods: Sequence[str], entries: Sequence[Any], budgets: Sequence[str]) -> list[str]:
+    """Those that were measured to the end: as often at every budget as any method was."""
+    counts = Counter(
+        (entry["method"], entry["budget"]) for entry in {cell_of(entry): entry for entry in entries}.values()
+    )
+    found = [name for name in methods if all(counts[name, budget] == max(counts.values()) for budget in budgets)]
+    for name in [name for name in methods if name not in found]:
+        print(f"left out, since it was not measured to the end: {name}", file=sys.stderr)
+    return found
+
+
+def cell_of(entry: Any) -> tuple[str, str, str]:
+    return entry["method"], entry["budget"], entry["id"]
+
+
+def without_folders(options: argparse.Namespace, text: str) -> str:
+    """Models by name; where their weights lay matters to nobody else."""
+    for model in [*options.target, options.small, *([options.aligned] if options.aligned else [])]:
+        text = text.replace(model, name_of(model)).replace(weights_of(model), name_of(model))
+    return text.replace(str(options.data), "FOLDER").replace(str(options.out), "OUT").replace(str(Path.home()), "~")
