@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from terselm.compress.forward import Forward, grain
+from terselm.compress.forward import Forward
 from terselm.compress.units import Ints
+from terselm.models.reading import grain
 
 _GRAIN = 256
 _PASSES_BETWEEN_TRIMS = 16

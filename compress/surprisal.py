@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from terselm.compress.cache import EagerMemory, Memory
-from terselm.compress.forward import Forward, grain
+from terselm.compress.forward import Forward
 from terselm.compress.graphs import GraphMemory, GraphPool
 from terselm.compress.itpc import ScoreRequest
 from terselm.compress.units import Ints
 from terselm.errors import ModelError
 from terselm.models import CausalLM
+from terselm.models.reading import grain
 
 Surprisals = NDArray[np.float32]
 

@@ -19,13 +19,11 @@ from terselm.data.texts import PlainText
 from terselm.models import CausalLM
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from terselm.models.reading import OutputHead
 
 __all__ = ["PlainText", "score_texts", "tokens_at_once"]
 
-_LOGIT_BYTES = 1 << 30
-"""Memory for the logits of a pass; several copies of them live at once."""
-_LOGIT_BYTES_CUDA = 1 << 33
+_TOKENS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 15}  # of a pass, padding included
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +45,8 @@ def score_texts(lm: CausalLM, texts: Sequence[PlainText], top_k: int = 0) -> Ite
     Args:
         top_k: how many of the likeliest tokens to give at each position, with their log-probabilities.
     """
+    from terselm.models.reading import OutputHead
+
     encoded = [
         lm.tokenizer(text.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False) for text in texts
     ]
@@ -54,9 +54,10 @@ def score_texts(lm: CausalLM, texts: Sequence[PlainText], top_k: int = 0) -> Ite
     pieces = [piece for index in order for piece in _pieces(index, encoded[index].input_ids, lm.window)]
     waiting = Counter(piece.text for piece in pieces)
     parts: dict[int, list[_Scores]] = {}
+    head = OutputHead(lm.model)
     for batch in _batches(pieces, tokens_at_once(lm)):
         done = []
-        for piece, scores in zip(batch, _score(lm, batch, top_k), strict=True):
+        for piece, scores in zip(batch, _score(lm, head, batch, top_k), strict=True):
             parts.setdefault(piece.text, []).append(scores)
             waiting[piece.text] -= 1
             if not waiting[piece.text]:
@@ -65,14 +66,8 @@ def score_texts(lm: CausalLM, texts: Sequence[PlainText], top_k: int = 0) -> Ite
 
 
 def tokens_at_once(lm: CausalLM) -> int:
-    """How many positions a pass may hold, by the memory that their logits take."""
-    room = _LOGIT_BYTES
-    if lm.model.device.type == "cuda":
-        import torch
-
-        free, _ = torch.cuda.mem_get_info(lm.model.device)
-        room = min(_LOGIT_BYTES_CUDA, free // 4)
-    return max(256, room // (4 * int(lm.model.config.get_text_config().vocab_size)))
+    """How many positions a pass may hold."""
+    return _TOKENS_AT_ONCE.get(lm.model.device.type, _TOKENS_AT_ONCE["cpu"])
 
 
 def _pieces(index: int, ids: list[int], window: int) -> Iterator[_Piece]:
@@ -106,34 +101,37 @@ class _Scores:
     top_ids: NDArray[np.int32] | None
 
 
-def _score(lm: CausalLM, batch: Sequence[_Piece], top_k: int) -> list[_Scores]:
+def _score(lm: CausalLM, head: OutputHead, batch: Sequence[_Piece], top_k: int) -> list[_Scores]:
     import torch
 
+    from terselm.models.reading import last_states
+
     width = 1 + max(len(piece.ids) for piece in batch)
-    ids = torch.full((len(batch), width), lm.start_id)
-    mask = torch.zeros_like(ids)
+    ids = np.full((len(batch), width), lm.start_id, dtype=np.int64)
+    counted = np.zeros(ids.shape, dtype=np.bool_)  # the places before the tokens that are scored
     for row, piece in enumerate(batch):
-        ids[row, 1 : 1 + len(piece.ids)] = torch.tensor(piece.ids, dtype=torch.long)
-        mask[row, : 1 + len(piece.ids)] = 1
-    ids, mask = ids.to(lm.model.device), mask.to(lm.model.device)
+        ids[row, 1 : 1 + len(piece.ids)] = piece.ids
+        counted[row, piece.counted] = True
+    device = lm.model.device
     with torch.inference_mode():
-        logits = lm.model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, 1 + S, V)
-        return [_row(logits[row, piece.counted], ids[row, 1:][piece.counted], top_k) for row, piece in enumerate(batch)]
-
-
-def _row(logits: Tensor, targets: Tensor, top_k: int) -> _Scores:
-    """Of one piece, so that the float32 copy of the logits, ``(S, V)``, stays small."""
-    logits = logits.float()
-    total = logits.logsumexp(-1, keepdim=True)  # (S, 1)
-    chosen = (logits.gather(-1, targets[:, None]) - total)[:, 0]
-    # rounding can take the likeliest token a hair above certainty
-    logprobs = chosen.clamp(max=0).cpu().numpy()
-    if not top_k:
-        return _Scores(logprobs=logprobs, top_logprobs=None, top_ids=None)
-    top, tokens = logits.topk(min(top_k, logits.shape[-1]), dim=-1)  # (S, K)
-    return _Scores(
-        logprobs=logprobs, top_logprobs=(top - total).clamp(max=0).cpu().numpy(), top_ids=tokens.int().cpu().numpy()
-    )
+        states = last_states(lm.model, torch.from_numpy(ids).to(device))
+        places = torch.from_numpy(np.flatnonzero(counted)).to(device)
+        chosen = states.flatten(0, 1)[places]  # (N, H)
+        wanted = torch.from_numpy(ids[:, 1:][counted[:, :-1]]).to(device)
+        # rounding can take a token a hair above certainty
+        logprobs = -head.nll(chosen, wanted).clamp(min=0).cpu().numpy()
+        top, tokens = head.likeliest(chosen, top_k) if top_k else (None, None)
+    ends = np.cumsum([len(piece.ids) - piece.skip for piece in batch])[:-1]
+    nothing = [None] * len(batch)
+    return [
+        _Scores(logprobs=mine, top_logprobs=its_top, top_ids=its_tokens)
+        for mine, its_top, its_tokens in zip(
+            np.split(logprobs, ends),
+            nothing if top is None else np.split(top.clamp(max=0).cpu().numpy(), ends),
+            nothing if tokens is None else np.split(tokens.int().cpu().numpy(), ends),
+            strict=True,
+        )
+    ]
 
 
 def _join(text: PlainText, encoded: Any, parts: Sequence[_Scores]) -> ScoredText:

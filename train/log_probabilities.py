@@ -13,24 +13,28 @@ from torch.autograd import Function
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from terselm.train.surprisal_kernel import nll_and_slopes
+from terselm.models import surprisal_kernel
+from terselm.models.reading import LogitTransform
 
 _LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
-def surprisals(lm: Any, hidden: Tensor, wanted: Tensor) -> Tensor:
+def surprisals(lm: Any, hidden: Tensor, wanted: Tensor, transform: LogitTransform) -> Tensor:
     """−log p of tokens after hidden states.
 
     Args:
-        lm: a transformers causal LM; of it the output head and a soft cap on its logits.
+        lm: a transformers causal LM; of it the output head.
         hidden: ``(n, H)``.
         wanted: ``(n,)`` or ``(n, K)`` int64 token ids.
+        transform: what the model does to its head's output.
 
     Returns:
         float32 nats in the shape of ``wanted``.
     """
     head: Any = lm.get_output_embeddings()
-    cap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
+    cap = transform.cap
+    if transform.scale != 1:
+        hidden = hidden * transform.scale
     if not _is_plain(head):
         return _through_the_module(head, hidden, wanted, cap)
     if wanted.dim() == 1 and not head.weight.requires_grad:
@@ -77,9 +81,11 @@ class _FrozenHead(Function):
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(len(hidden), len(weight), hidden.device):
-                logits = hidden[rows].to(matrix.dtype) @ matrix.T
-                nats[rows], by_logit = nll_and_slopes(logits, wanted[rows], cap, slopes=slopes is not None)
-                if slopes is not None and by_logit is not None:
+                states = hidden[rows].to(matrix.dtype)
+                if slopes is None:
+                    nats[rows] = surprisal_kernel.nll(_logits(states, matrix, cap), wanted[rows])
+                else:
+                    nats[rows], by_logit = surprisal_kernel.nll_and_slopes(states @ matrix.T, wanted[rows], cap)
                     slopes[rows] = by_logit @ matrix
         ctx.save_for_backward(slopes)
         return nats

@@ -11,14 +11,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from terselm.errors import ModelError
+from terselm.models.reading import logit_transform, probe_ids
 from terselm.train import attention, packing, varlen
 from terselm.train.attention import PACKED_ATTENTION
 from terselm.train.log_probabilities import surprisals
 from terselm.train.packing import IGNORED
 from terselm.train.varlen import VARLEN_ATTENTION, UnsupportedAttentionError
-
-_PROBE = 16  # tokens
-_STRIDE = 7919  # a prime
 
 
 def score_instead_of_logits(lm: Any, *, autocast: torch.dtype | None) -> None:
@@ -34,7 +32,8 @@ def score_instead_of_logits(lm: Any, *, autocast: torch.dtype | None) -> None:
         autocast: number format of the matrix products; None leaves them as the weights are.
 
     Raises:
-        ModelError: packed rows do not give what the model itself gives for each example alone.
+        ModelError: packed rows do not give what the model itself gives for each example alone; or see
+            `logit_transform`.
     """
 
     def forward(
@@ -54,8 +53,9 @@ def score_instead_of_logits(lm: Any, *, autocast: torch.dtype | None) -> None:
         place = input_ids.device.type
         with torch.autocast(place, dtype=autocast) if autocast is not None else nullcontext():
             hidden = _last_states(lm, input_ids, position_ids, cu_seqlens)
-            return surprisals(lm, hidden.flatten(0, 1)[at], wanted)
+            return surprisals(lm, hidden.flatten(0, 1)[at], wanted, transform)
 
+    transform = logit_transform(lm)
     _choose_attention(lm, forward, autocast)
     lm.forward = forward
 
@@ -76,12 +76,13 @@ def _last_states(lm: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlens: T
 @torch.no_grad()
 def _choose_attention(lm: Any, forward: Callable[..., Tensor], autocast: torch.dtype | None) -> None:
     """The fastest attention that keeps packed examples apart; also proves that we know the model's head."""
-    ids = _probe(lm)
+    ids = probe_ids(lm)
+    length = len(ids)
     with torch.autocast(lm.device.type, dtype=autocast) if autocast is not None else nullcontext():
         logits = lm(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
     expected = functional.cross_entropy(logits, ids[1:], reduction="none").repeat(2)
     labels = torch.cat([ids[1:], ids.new_tensor([IGNORED])])
-    twice = {"input_ids": ids, "position_ids": torch.arange(_PROBE, device=lm.device), "labels": labels}
+    twice = {"input_ids": ids, "position_ids": torch.arange(length, device=lm.device), "labels": labels}
     packed = {name: tensor.repeat(2)[None] for name, tensor in twice.items()}
     exact = autocast is None and lm.dtype.itemsize >= 4
     for implementation in _candidates(lm):
@@ -99,18 +100,6 @@ def _choose_attention(lm: Any, forward: Callable[..., Tensor], autocast: torch.d
         f"{type(lm).__name__} gives other probabilities in packed rows than for each text alone, so alignment would "
         "train something else; choose another small LM"
     )
-
-
-def _probe(lm: Any) -> Tensor:
-    """``(T,)``: tokens from all over the vocabulary, as after a start of text.
-
-    Control tokens, which come first in most vocabularies, drive trained models to states where bfloat16 is nats away.
-    """
-    ids: Tensor = (torch.arange(_PROBE, device=lm.device) * _STRIDE + _STRIDE) % lm.config.vocab_size
-    start = lm.config.bos_token_id
-    if isinstance(start, int) and 0 <= start < lm.config.vocab_size:
-        ids[0] = start
-    return ids
 
 
 def _candidates(lm: Any) -> list[str]:

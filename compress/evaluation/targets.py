@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from terselm.compress.counter import Count, TokenizerCounter
 from terselm.errors import ContextLengthError
 from terselm.models import CausalLM
+
+if TYPE_CHECKING:
+    from terselm.models.reading import OutputHead
 
 _TOKENS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 16}  # of a scoring batch, padding included
 _ROWS_AT_ONCE = {"cpu": 8, "cuda": 128}  # that are decoded together
@@ -100,6 +104,12 @@ class LocalTarget:
                 nats[i] = value
         return [Score(nats=value, tokens=len(gold_ids)) for value, (_, gold_ids) in zip(nats, rows, strict=True)]
 
+    @cached_property
+    def _head(self) -> OutputHead:
+        from terselm.models.reading import OutputHead
+
+        return OutputHead(self.lm.model)
+
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         most = _TOKENS_AT_ONCE.get(self._device, 1 << 12)
         batch: list[int] = []
@@ -115,9 +125,9 @@ class LocalTarget:
         """Sums of −log p of the second ids of each row after the first; only their states meet the head."""
         import torch
 
-        from terselm.compress.forward import Forward
+        from terselm.models.reading import last_states
 
-        forward = Forward(self.lm)
+        device = self.lm.model.device
         width = max(len(before) + len(gold) for before, gold in rows)
         ids: NDArray[np.int64] = np.full((len(rows), width), self.lm.start_id, dtype=np.int64)
         where: list[int] = []  # the state before each gold token, in the flattened (B, T)
@@ -129,8 +139,8 @@ class LocalTarget:
             wanted += gold
             sizes.append(len(gold))
         with torch.inference_mode():
-            states = forward.texts(torch.from_numpy(ids).to(forward.device))
-            chosen = states.flatten(0, 1)[torch.tensor(where, device=forward.device)]
-            values = forward.nll(chosen, torch.tensor(wanted, device=forward.device)).cpu().numpy()
+            states = last_states(self.lm.model, torch.from_numpy(ids).to(device))
+            chosen = states.flatten(0, 1)[torch.tensor(where, device=device)]
+            values = self._head.nll(chosen, torch.tensor(wanted, device=device)).cpu().numpy()
         ends = np.cumsum(sizes)
         return [float(values[end - size : end].sum(dtype=np.float64)) for end, size in zip(ends, sizes, strict=True)]

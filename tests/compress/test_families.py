@@ -49,6 +49,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {}),
     "granite": ("granite", {"logits_scaling": 4.0}),
     "cohere": ("cohere", {"logit_scale": 0.3}),
+    "hyperclovax": ("hyperclovax", {"logits_scaling": 0.3, "attention_multiplier": 0.35}),
 }
 INSTRUCTION = "Answer the question. Use what the examples say, and nothing else."
 DEMONSTRATIONS = [

@@ -40,13 +40,18 @@ def kept(results: list[Any]) -> list[list[bool]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 7), (5, 4096), (33, 49152), (3, 262145)])
 def test_the_fused_kernel(rows: int, vocabulary: int, dtype: torch.dtype) -> None:
-    from terselm.compress.kernels import nll_from_logits
+    from terselm.models.surprisal_kernel import nll, nll_and_slopes
 
     torch.manual_seed(0)
     logits = (torch.randn(rows, vocabulary, device="cuda") * 8).to(dtype)
     targets = torch.randint(0, vocabulary, (rows,), device="cuda")
     expected = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
-    assert torch.allclose(nll_from_logits(logits, targets).double(), expected, atol=1e-4, rtol=1e-5)
+    assert torch.allclose(nll(logits, targets).double(), expected, atol=1e-4, rtol=1e-5)
+    slopes = logits.double().softmax(-1)
+    slopes[torch.arange(rows), targets] -= 1
+    nats, found = nll_and_slopes(logits.clone(), targets, None)
+    assert torch.allclose(nats.double(), expected, atol=1e-4, rtol=1e-5)
+    assert torch.allclose(found.double(), slopes, atol=1e-5, rtol=1e-2 if dtype != torch.float32 else 1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -10,9 +10,11 @@ import pytest
 import torch
 from tiny_training import example, make_model, surprisals
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from terselm.errors import ModelError
 from terselm.models import load_causal_lm
+from terselm.models.reading import LogitTransform
 from terselm.train import log_probabilities, scoring
 from terselm.train.attention import PACKED_ATTENTION
 from terselm.train.config import LoraSettings
@@ -73,6 +75,30 @@ def test_its_gradient_equals_the_reference(
             torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-4, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize(("family", "scale"), [("granite", {"logits_scaling": 4.0}), ("cohere", {"logit_scale": 0.3})])
+def test_models_that_scale_their_logits(
+    tokenizer: Any, family: str, scale: dict[str, float], frozen_head: bool
+) -> None:
+    sizes = make_model(len(tokenizer)).config.to_dict()
+    del sizes["model_type"]
+    config = AutoConfig.for_model(family, **{**sizes, "tie_word_embeddings": False, **scale})
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(config).float().eval()
+    lm.get_output_embeddings().weight.requires_grad_(not frozen_head)
+    plain = copy.deepcopy(lm).double()
+    with torch.no_grad():
+        expected = reference(lm, BATCH)
+    reference_loss(plain).backward()
+    score_instead_of_logits(lm, autocast=None)
+    found = surprisals(lm, BATCH)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=0)
+    found.sum().backward()
+    for (name, ours), theirs in zip(lm.named_parameters(), plain.parameters(), strict=True):
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-3, rtol=1e-3, msg=name)
+
+
 @pytest.mark.parametrize("chunk", [7, 1024])
 @pytest.mark.parametrize("kind", ["frozen", "trained", "module", "capped"])
 def test_several_tokens_a_position(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, chunk: int, kind: str) -> None:
@@ -88,7 +114,7 @@ def test_several_tokens_a_position(tokenizer: Any, monkeypatch: pytest.MonkeyPat
     states = torch.randn(20, lm.config.hidden_size, requires_grad=True)
     wanted = torch.randint(len(tokenizer), (20, 3))
     upstream = torch.randn(20, 3)
-    ours = log_probabilities.surprisals(lm, states, wanted)
+    ours = log_probabilities.surprisals(lm, states, wanted, LogitTransform(cap=2.0 if kind == "capped" else None))
     logits = states.double() @ head.weight.double().T
     logits = torch.tanh(logits / 2) * 2 if kind == "capped" else logits
     expected = -torch.log_softmax(logits, -1).gather(1, wanted)
@@ -168,7 +194,7 @@ def test_a_head_that_does_more_is_refused(tokenizer: Any) -> None:
         return output
 
     lm.forward = scaled
-    with pytest.raises(ModelError, match="LlamaForCausalLM gives other probabilities"):
+    with pytest.raises(ModelError, match="LlamaForCausalLM does more to its last states"):
         score_instead_of_logits(lm, autocast=None)
 
 
