@@ -5,7 +5,8 @@
 
 SmolLM2-135M to a local target that reads every word (gemma3-270m). `--answers` and `--free` are what `terselm collect`
 got from it: for the instructions of gpt4_instructions, and for the first words of sentences. All variants see as many
-tokens. Reported before → after by domain: bits per byte of the response, the rank correlation (Spearman) of the words'
+tokens. Top-k KL needs a target with the small LM's vocabulary: what `--save` left of a training of all weights is one.
+Reported before → after by domain: bits per byte of the response, the rank correlation (Spearman) of the words'
 surprisals with the target's, and the overlap of the words kept at 2×, 5× and 10× with those that the target itself
 would keep, with paired bootstrap intervals over texts. Of one domain (Wikipedia) nothing is trained on. With
 `--at-once 4` so many trainings share a GPU. Runs that are in the file already are not made again.
@@ -53,6 +54,8 @@ VARIANTS = {
     "matching, near threshold": Variant(objective=matched(near_threshold=4)),
     "matching + NLL": Variant(objective=matched(nll=0.3), loss_on=LossOn.ALL),
     "matching + ranking": Variant(objective=matched(ranking=1)),
+    "top-k KL": Variant(objective=matched(matching=0, divergence=1)),
+    "top-k KL + matching": Variant(objective=matched(divergence=1)),
     "matching, the target's own text": Variant(objective=matched(), text=("answers", "free")),
     "matching, all text": Variant(objective=matched(), text=ALL),
     "matching + ranking, all weights, all text, 3e-4": Variant(
@@ -68,7 +71,9 @@ def main() -> None:
     parser.add_argument("--free", type=Path, help="records with what the target wrote after a few words")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--target", default="gemma3-270m")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help="default: all with their text")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, metavar="NAME", help="default: all that have their text"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tokens", type=int, default=2_000_000, help="that each variant is trained on")
     parser.add_argument("--records", type=int, default=0, help="of each kind to train on, at most; 0 for all")
@@ -97,8 +102,7 @@ def run(options: argparse.Namespace) -> None:
     with ProcessPoolExecutor(1, mp_context=context) as pool:  # which gives the GPU's memory back when it ends
         texts = pool.submit(gathered, options).result()
     print(f"{texts.describe()} after {time.monotonic() - began:.0f} s", file=sys.stderr)
-    known = [name for name, variant in VARIANTS.items() if all(kind in texts.training for kind in variant.text)]
-    options.variants = options.variants or known
+    options.variants = options.variants or [name for name, variant in VARIANTS.items() if works(variant, texts)]
     runs = known_runs(options, texts)
     there = {(run["variant"], run["seed"]) for run in runs}
     desk = texts, options.model, budget, options.save
@@ -125,6 +129,11 @@ def run(options: argparse.Namespace) -> None:
                 for other in jobs:
                     other.cancel()
     print_table(runs)
+
+
+def works(variant: Variant, texts: Texts) -> bool:
+    there = all(kind in texts.training for kind in variant.text)
+    return there and (texts.one_vocabulary or not variant.objective.divergence)
 
 
 def gathered(options: argparse.Namespace) -> Texts:
@@ -225,7 +234,7 @@ def known_runs(options: argparse.Namespace, texts: Texts) -> list[dict[str, Any]
 
 
 def chosen(options: argparse.Namespace) -> dict[str, Any]:
-    names = {name: Path(getattr(options, name)).name for name in ("model", "target")}
+    names = {name: Path(getattr(options, name)).name.replace("_", " ") for name in ("model", "target")}
     return names | {name: getattr(options, name) for name in ("tokens", "texts")}
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from terselm.data.records import Record, read_records
 from terselm.models import CausalLM
 from terselm.train.choices import LossOn, Overlong, Template
+from terselm.train.config import ObjectiveSettings
 from terselm.train.examples import Encoding, Example, encode
 from terselm.train.guidance import Target
 from terselm.train.report.metrics import LEAST_WORDS
@@ -50,6 +51,12 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Texts:
+    """
+    Attributes:
+        one_vocabulary: whether small LM and target share it, so that their distributions can be compared.
+    """
+
+    one_vocabulary: bool
     training: dict[Kind, list[Example]]
     held_out: dict[str, HeldOut]
 
@@ -87,6 +94,8 @@ def gather(sources: Sources, texts: int, small: CausalLM, target: CausalLM, leng
         texts: held out, of each domain, at most.
         length: tokens of a row; no held-out text is longer.
     """
+    one_vocabulary = small.tokenizer.get_vocab() == target.tokenizer.get_vocab()
+    top_k = ObjectiveSettings().top_k if one_vocabulary else 0
     given = _some(domains.training(sources.datasets), sources)
     training = {Kind.GIVEN: given}
     held_out = domains.held_out(sources.datasets, texts)
@@ -109,12 +118,14 @@ def gather(sources: Sources, texts: int, small: CausalLM, target: CausalLM, leng
             loss_on=LossOn.RESPONSE,
             max_length=length,
             overlong=overlong,
-            target=Target(target, 0, small.tokenizer),
+            target=Target(target, top_k, small.tokenizer),
+            top_k=top_k,
         )
 
     encoded = {kind: list(encode(records, encoding(Overlong.SPLIT)).examples) for kind, records in training.items()}
     encoded[Kind.GPT4] = [one for one in encoded[Kind.GIVEN] if given[one.record].id.startswith("gpt4")]
     return Texts(
+        one_vocabulary=one_vocabulary,
         training=encoded,
         held_out={domain: _held_out(records, encoding(Overlong.DROP)) for domain, records in held_out.items()},
     )
