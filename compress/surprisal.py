@@ -22,7 +22,7 @@ from terselm.models.reading import grain
 
 Surprisals = NDArray[np.float32]
 
-_TOKENS_AT_ONCE = {"cpu": 1 << 8, "cuda": 1 << 16}  # of a coarse batch, padding included
+_TOKENS_AT_ONCE = {"cpu": 1 << 10, "cuda": 1 << 16}  # of a coarse batch, padding included
 _USUAL_PASS = 128  # tokens of a row: what was kept of a segment, and the next
 _MOST_PADDING = 0.15
 _CPU_CACHE = 2 << 30  # bytes
