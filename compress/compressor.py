@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from terselm.compress.counter import Count, resolve_counter
+from terselm.compress.forward import require_attention
 from terselm.compress.messages import ChatResult, compress_chat
 from terselm.compress.prompt import Prompt
 from terselm.compress.protect import Keep, compile_keep
@@ -27,9 +28,13 @@ class PromptCompressor:
     Args:
         lm: the small LM.
         settings: how to compress.
+
+    Raises:
+        ModelError: a model with recurrent layers, or one whose logits are not made as usual; see `OutputHead`.
     """
 
     def __init__(self, lm: CausalLM, *, settings: CompressionSettings | None = None) -> None:
+        require_attention(lm)
         self.settings = settings or CompressionSettings()
         self.lm = lm
         self._engine = SurprisalEngine(lm)

@@ -7,8 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from terselm.errors import ModelError
 from terselm.models import CausalLM
 from terselm.models.reading import OutputHead, fast_attention, last_states
+
+
+_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def require_attention(lm: CausalLM) -> None:
+    """Raise `ModelError` for a model of which a prefix cannot lose tokens again: one with recurrent layers."""
+    config = lm.model.config.get_text_config()
+    others = set(getattr(config, "layer_types", None) or ()) - _LAYERS
+    if others or getattr(lm.model, "_is_stateful", False):
+        raise ModelError(
+            f"{lm.name!r} ({type(lm.model).__name__}) has layers other than full and sliding attention"
+            f"{' (' + ', '.join(sorted(others)) + ')' if others else ''}, of which a compressed prefix cannot be made; "
+            "choose a small LM with attention alone, such as smollm2-135m"
+        )
 
 
 class Forward:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from fakes import random_lm
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from terselm import CompressionSettings, Prompt, PromptCompressor
 from terselm.errors import BudgetError, ConfigError, ContextLengthError, ModelError, PromptError, TerseLMError
+from terselm.models import CausalLM
 
 TEXT = "Sam had 12 apples and gave 5 of them away. How many apples does he have left now?"
 
@@ -35,6 +37,14 @@ def test_no_such_model(tmp_path: Any) -> None:
     folder = tmp_path / "not-there"
     message = fails(ModelError, lambda: PromptCompressor.from_pretrained(str(folder)))
     assert "not-there" in message
+
+
+def test_a_model_with_recurrent_layers() -> None:
+    sizes = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "n_groups": 1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba2", **sizes))
+    lm = CausalLM(model=model, tokenizer=random_lm().tokenizer, name="tiny-mamba")
+    message = fails(ModelError, lambda: PromptCompressor(lm))
+    assert "'tiny-mamba' (Mamba2ForCausalLM) has layers other than full and sliding attention" in message
 
 
 @pytest.mark.parametrize("demonstrations", [[], [""], ["", ""]])
