@@ -11,7 +11,6 @@ from terselm.errors import ModelError
 from terselm.models import CausalLM
 from terselm.models.reading import OutputHead, fast_attention, last_states
 
-
 _LAYERS = {"full_attention", "sliding_attention"}
 
 
