@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from terselm.data.logprobs import ScoredText
 from terselm.data.texts import PlainText
+from terselm.errors import ModelError
 from terselm.models import CausalLM
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ def score_texts(lm: CausalLM, texts: Sequence[PlainText], top_k: int = 0) -> Ite
 
     Args:
         top_k: how many of the likeliest tokens to give at each position, with their log-probabilities.
+
+    Raises:
+        ModelError: the memory is too small for one text, or the model's logits are not made as usual; see `OutputHead`.
     """
     from terselm.models.reading import OutputHead
 
@@ -57,7 +61,7 @@ def score_texts(lm: CausalLM, texts: Sequence[PlainText], top_k: int = 0) -> Ite
     head = OutputHead(lm.model)
     for batch in _batches(pieces, tokens_at_once(lm)):
         done = []
-        for piece, scores in zip(batch, _score(lm, head, batch, top_k), strict=True):
+        for piece, scores in zip(batch, _score_or_halve(lm, head, batch, top_k), strict=True):
             parts.setdefault(piece.text, []).append(scores)
             waiting[piece.text] -= 1
             if not waiting[piece.text]:
@@ -99,6 +103,22 @@ class _Scores:
     logprobs: NDArray[np.float32]
     top_logprobs: NDArray[np.float32] | None
     top_ids: NDArray[np.int32] | None
+
+
+def _score_or_halve(lm: CausalLM, head: OutputHead, batch: Sequence[_Piece], top_k: int) -> list[_Scores]:
+    import torch
+
+    try:
+        return _score(lm, head, batch, top_k)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise ModelError(
+                f"the memory of {lm.model.device} is too small to read {len(batch[0].ids)} tokens with {lm.name!r}; "
+                "choose another device, or a dtype of fewer bits"
+            ) from None
+    torch.cuda.empty_cache()  # here, where the exception no longer holds the frames
+    half = len(batch) // 2
+    return [*_score_or_halve(lm, head, batch[:half], top_k), *_score_or_halve(lm, head, batch[half:], top_k)]
 
 
 def _score(lm: CausalLM, head: OutputHead, batch: Sequence[_Piece], top_k: int) -> list[_Scores]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from fakes import bigram_lm, random_lm
 from terselm.data.logprobs import ScoredText
 from terselm.data.score import score_texts
 from terselm.data.texts import PlainText
-from terselm.models import CausalLM
+from terselm.errors import ModelError
+from terselm.models import CausalLM, reading
 
 TEXTS = ["The cat sat on the mat.", "", "我们今天 naïve 👍 café", "Question: 12 - 5 = 7. " * 9, "a"]
 
@@ -78,3 +80,27 @@ def test_a_text_longer_than_the_window() -> None:
     np.testing.assert_allclose(found.logprobs[:40], one_by_one(lm, ids[:40]), atol=2e-4)
     np.testing.assert_allclose(found.logprobs[40:60], one_by_one(lm, ids[20:60])[20:], atol=2e-4)
     np.testing.assert_allclose(found.logprobs[60:80], one_by_one(lm, ids[40:80])[20:], atol=2e-4)
+
+
+def test_a_pass_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = random_lm("llama")
+    expected = score(lm, TEXTS, top_k=2)
+    rows: list[int] = []
+
+    def scarce(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        if len(ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        rows.append(len(ids))
+        return last_states(model, ids)
+
+    last_states = reading.last_states
+    monkeypatch.setattr(reading, "last_states", scarce)
+    most = 2
+    found = score(lm, TEXTS, top_k=2)
+    assert max(rows) == 2
+    for name, one in expected.items():
+        np.testing.assert_allclose(found[name].logprobs, one.logprobs, atol=1e-5)
+        np.testing.assert_array_equal(found[name].top_ids, one.top_ids)
+    most = 0
+    with pytest.raises(ModelError, match=r"the memory of cpu is too small to read \d+ tokens with 'random-llama'"):
+        score(lm, TEXTS)
