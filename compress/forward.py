@@ -38,7 +38,6 @@ class Forward:
 
     def __init__(self, lm: CausalLM) -> None:
         self._model = lm.model
-        self._body = lm.model.base_model
         self._head = OutputHead(lm.model)
         self._config = lm.model.config.get_text_config()
         self.parameters = int(lm.model.num_parameters())
@@ -69,7 +68,7 @@ class Forward:
         itself = new[:, None] == torch.arange(slots.shape[1], device=new.device)  # else padding attends to nothing: NaN
         mask = (distance >= 0) & (slots >= 0)[:, None, :] | itself
         with fast_attention():
-            output = self._body(
+            output = self._model.base_model(
                 input_ids=ids,
                 position_ids=positions.clamp(min=0),
                 attention_mask=self._masks(mask, distance),

@@ -18,7 +18,7 @@ from terselm.compress.itpc import ScoreRequest
 from terselm.compress.units import Ints
 from terselm.errors import ModelError
 from terselm.models import CausalLM
-from terselm.models.reading import grain
+from terselm.models.reading import grain, in_halves
 
 Surprisals = NDArray[np.float32]
 
@@ -59,7 +59,11 @@ class SurprisalEngine:
         pieces = [texts[i][begin : begin + step] for i, begin in rows]
         results = [np.zeros(len(text), dtype=np.float32) for text in texts]
         for batch in self._batches([len(piece) for piece in pieces]):
-            for row, values in zip(batch, self._score_or_halve([pieces[row] for row in batch]), strict=True):
+            pieces_of_batch = [pieces[row] for row in batch]
+            scored = in_halves(
+                self._score_batch, pieces_of_batch, lambda ids: too_large(len(ids)), self.give_back_memory
+            )
+            for row, values in zip(batch, scored, strict=True):
                 text, begin = rows[row]
                 results[text][begin : begin + len(values)] = values
         return results
@@ -108,16 +112,6 @@ class SurprisalEngine:
             batch.append(row)
         if batch:
             yield batch
-
-    def _score_or_halve(self, pieces: Sequence[Ints]) -> list[Surprisals]:
-        try:
-            return self._score_batch(pieces)
-        except torch.OutOfMemoryError:
-            if len(pieces) == 1:
-                raise too_large(len(pieces[0])) from None
-        self.give_back_memory()
-        half = len(pieces) // 2
-        return [*self._score_or_halve(pieces[:half]), *self._score_or_halve(pieces[half:])]
 
     @torch.inference_mode()
     def _score_batch(self, pieces: Sequence[Ints]) -> list[Surprisals]:

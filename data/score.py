@@ -22,8 +22,6 @@ from terselm.models import CausalLM
 if TYPE_CHECKING:
     from terselm.models.reading import OutputHead
 
-__all__ = ["PlainText", "score_texts", "tokens_at_once"]
-
 _TOKENS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 15}  # of a pass, padding included
 
 
@@ -35,10 +33,6 @@ class _Piece:
     ids: list[int]
     skip: int
 
-    @property
-    def counted(self) -> slice:
-        return slice(self.skip, len(self.ids))
-
 
 def score_texts(lm: CausalLM, texts: Sequence[PlainText], top_k: int = 0) -> Iterator[list[ScoredText]]:
     """Score texts, the longest first; yield those that each pass has completed.
@@ -49,7 +43,7 @@ def score_texts(lm: CausalLM, texts: Sequence[PlainText], top_k: int = 0) -> Ite
     Raises:
         ModelError: the memory is too small for one text, or the model's logits are not made as usual; see `OutputHead`.
     """
-    from terselm.models.reading import OutputHead
+    from terselm.models.reading import OutputHead, in_halves
 
     encoded = [
         lm.tokenizer(text.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False) for text in texts
@@ -59,19 +53,24 @@ def score_texts(lm: CausalLM, texts: Sequence[PlainText], top_k: int = 0) -> Ite
     waiting = Counter(piece.text for piece in pieces)
     parts: dict[int, list[_Scores]] = {}
     head = OutputHead(lm.model)
-    for batch in _batches(pieces, tokens_at_once(lm)):
+
+    def read(some: Sequence[_Piece]) -> list[_Scores]:
+        return _score(lm, head, some, top_k)
+
+    def too_large(piece: _Piece) -> ModelError:
+        return ModelError(
+            f"the memory of {lm.model.device} is too small to read {len(piece.ids)} tokens with {lm.name!r}; choose "
+            "another device, or a dtype of fewer bits"
+        )
+
+    for batch in _batches(pieces, _TOKENS_AT_ONCE.get(lm.model.device.type, _TOKENS_AT_ONCE["cpu"])):
         done = []
-        for piece, scores in zip(batch, _score_or_halve(lm, head, batch, top_k), strict=True):
+        for piece, scores in zip(batch, in_halves(read, batch, too_large), strict=True):
             parts.setdefault(piece.text, []).append(scores)
             waiting[piece.text] -= 1
             if not waiting[piece.text]:
                 done.append(_join(texts[piece.text], encoded[piece.text], parts.pop(piece.text)))
         yield done
-
-
-def tokens_at_once(lm: CausalLM) -> int:
-    """How many positions a pass may hold."""
-    return _TOKENS_AT_ONCE.get(lm.model.device.type, _TOKENS_AT_ONCE["cpu"])
 
 
 def _pieces(index: int, ids: list[int], window: int) -> Iterator[_Piece]:
@@ -105,52 +104,24 @@ class _Scores:
     top_ids: NDArray[np.int32] | None
 
 
-def _score_or_halve(lm: CausalLM, head: OutputHead, batch: Sequence[_Piece], top_k: int) -> list[_Scores]:
-    import torch
-
-    try:
-        return _score(lm, head, batch, top_k)
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise ModelError(
-                f"the memory of {lm.model.device} is too small to read {len(batch[0].ids)} tokens with {lm.name!r}; "
-                "choose another device, or a dtype of fewer bits"
-            ) from None
-    torch.cuda.empty_cache()  # here, where the exception no longer holds the frames
-    half = len(batch) // 2
-    return [*_score_or_halve(lm, head, batch[:half], top_k), *_score_or_halve(lm, head, batch[half:], top_k)]
-
-
 def _score(lm: CausalLM, head: OutputHead, batch: Sequence[_Piece], top_k: int) -> list[_Scores]:
     import torch
 
-    from terselm.models.reading import last_states
+    from terselm.models.reading import states_before
 
-    width = 1 + max(len(piece.ids) for piece in batch)
-    ids = np.full((len(batch), width), lm.start_id, dtype=np.int64)
-    counted = np.zeros(ids.shape, dtype=np.bool_)  # the places before the tokens that are scored
-    for row, piece in enumerate(batch):
-        ids[row, 1 : 1 + len(piece.ids)] = piece.ids
-        counted[row, piece.counted] = True
-    device = lm.model.device
+    rows, skips = [[lm.start_id, *piece.ids] for piece in batch], [1 + piece.skip for piece in batch]
     with torch.inference_mode():
-        states = last_states(lm.model, torch.from_numpy(ids).to(device))
-        places = torch.from_numpy(np.flatnonzero(counted)).to(device)
-        chosen = states.flatten(0, 1)[places]  # (N, H)
-        wanted = torch.from_numpy(ids[:, 1:][counted[:, :-1]]).to(device)
-        # rounding can take a token a hair above certainty
-        logprobs = -head.nll(chosen, wanted).clamp(min=0).cpu().numpy()
-        top, tokens = head.likeliest(chosen, top_k) if top_k else (None, None)
+        found = head.nll_and_likeliest(*states_before(lm.model, rows, skips), top_k)
+    nats, top, tokens = (values.cpu().numpy() for values in found)
     ends = np.cumsum([len(piece.ids) - piece.skip for piece in batch])[:-1]
-    nothing = [None] * len(batch)
     return [
-        _Scores(logprobs=mine, top_logprobs=its_top, top_ids=its_tokens)
-        for mine, its_top, its_tokens in zip(
-            np.split(logprobs, ends),
-            nothing if top is None else np.split(top.clamp(max=0).cpu().numpy(), ends),
-            nothing if tokens is None else np.split(tokens.int().cpu().numpy(), ends),
-            strict=True,
+        # rounding can take a token a hair above certainty
+        _Scores(
+            logprobs=-mine.clip(min=0),
+            top_logprobs=its_top.clip(max=0) if top_k else None,
+            top_ids=its_tokens.astype(np.int32) if top_k else None,
         )
+        for mine, its_top, its_tokens in zip(*(np.split(values, ends) for values in (nats, top, tokens)), strict=True)
     ]
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from terselm.models import surprisal_kernel
-from terselm.models.reading import LogitTransform
+from terselm.models.reading import LogitTransform, soft_cap
 
 _LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}
 
@@ -32,11 +32,11 @@ def surprisals(lm: Any, hidden: Tensor, wanted: Tensor, transform: LogitTransfor
         float32 nats in the shape of ``wanted``.
     """
     head: Any = lm.get_output_embeddings()
+    if not _is_plain(head):
+        return _through_the_module(head, hidden, wanted, transform)
     cap = transform.cap
     if transform.scale != 1:
         hidden = hidden * transform.scale
-    if not _is_plain(head):
-        return _through_the_module(head, hidden, wanted, cap)
     if wanted.dim() == 1 and not head.weight.requires_grad:
         frozen: Tensor = _FrozenHead.apply(hidden, head.weight, wanted, cap)  # type: ignore[no-untyped-call]
         return frozen
@@ -64,8 +64,7 @@ def _matmul_dtype(weight: Tensor) -> torch.dtype:
 
 def _logits(hidden: Tensor, weight: Tensor, cap: float | None) -> Tensor:
     """``(n, V)``; float32 if they are capped."""
-    logits = hidden @ weight.T
-    return logits if cap is None else torch.tanh(logits.float() / cap) * cap
+    return soft_cap(hidden @ weight.T, cap)
 
 
 class _FrozenHead(Function):
@@ -136,11 +135,9 @@ class _AnyHead(Function):
         return by_hidden, None if by_weight is None else by_weight.to(weight.dtype), None, None
 
 
-def _through_the_module(head: Any, hidden: Tensor, wanted: Tensor, cap: float | None) -> Tensor:
+def _through_the_module(head: Any, hidden: Tensor, wanted: Tensor, transform: LogitTransform) -> Tensor:
     def some(states: Tensor, tokens: Tensor) -> Tensor:
-        logits: Tensor = head(states).float()
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
+        logits = transform(head(states)).float()
         if tokens.dim() == 1:
             return functional.cross_entropy(logits, tokens, reduction="none")
         return logits.logsumexp(-1, keepdim=True) - logits.gather(1, tokens)

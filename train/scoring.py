@@ -75,7 +75,7 @@ def _last_states(lm: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlens: T
 
 @torch.no_grad()
 def _choose_attention(lm: Any, forward: Callable[..., Tensor], autocast: torch.dtype | None) -> None:
-    """The fastest attention that keeps packed examples apart; also proves that we know the model's head."""
+    """The fastest attention that keeps packed examples apart."""
     ids = probe_ids(lm)
     length = len(ids)
     with torch.autocast(lm.device.type, dtype=autocast) if autocast is not None else nullcontext():

@@ -51,7 +51,8 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Texts:
-    """
+    """What is trained on, and what is held out.
+
     Attributes:
         one_vocabulary: whether small LM and target share it, so that their distributions can be compared.
     """

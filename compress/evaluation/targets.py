@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from terselm.compress.counter import Count, TokenizerCounter
 from terselm.errors import ContextLengthError
@@ -125,22 +124,12 @@ class LocalTarget:
         """Sums of −log p of the second ids of each row after the first; only their states meet the head."""
         import torch
 
-        from terselm.models.reading import last_states
+        from terselm.models.reading import states_before
 
-        device = self.lm.model.device
-        width = max(len(before) + len(gold) for before, gold in rows)
-        ids: NDArray[np.int64] = np.full((len(rows), width), self.lm.start_id, dtype=np.int64)
-        where: list[int] = []  # the state before each gold token, in the flattened (B, T)
-        wanted: list[int] = []
-        sizes: list[int] = []
-        for number, (before, gold) in enumerate(rows):
-            ids[number, : len(before) + len(gold)] = before + gold
-            where += range(number * width + len(before) - 1, number * width + len(before) + len(gold) - 1)
-            wanted += gold
-            sizes.append(len(gold))
         with torch.inference_mode():
-            states = last_states(self.lm.model, torch.from_numpy(ids).to(device))
-            chosen = states.flatten(0, 1)[torch.tensor(where, device=device)]
-            values = self._head.nll(chosen, torch.tensor(wanted, device=device)).cpu().numpy()
-        ends = np.cumsum(sizes)
-        return [float(values[end - size : end].sum(dtype=np.float64)) for end, size in zip(ends, sizes, strict=True)]
+            chosen = states_before(
+                self.lm.model, [before + gold for before, gold in rows], [len(before) for before, _ in rows]
+            )
+            values = self._head.nll(*chosen).cpu().numpy()
+        ends = np.cumsum([len(gold) for _, gold in rows])[:-1]
+        return [float(part.sum(dtype=np.float64)) for part in np.split(values, ends)]

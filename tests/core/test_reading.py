@@ -64,14 +64,15 @@ def test_every_familys_log_probabilities(family: str, rows: int, monkeypatch: py
     found = head.nll(states, wanted)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), -expected.gather(1, wanted[:, None])[:, 0], atol=1e-4, rtol=0)
-    top, tokens = head.likeliest(states, 5)
+    nats, top, tokens = head.nll_and_likeliest(states, wanted, 5)
+    assert torch.equal(nats, found)
     torch.testing.assert_close(top.double(), expected.topk(5).values, atol=1e-4, rtol=0)
     torch.testing.assert_close(top.double(), expected.gather(1, tokens), atol=1e-4, rtol=0)
 
 
 def test_more_likeliest_tokens_than_there_are() -> None:
     model = made("llama")
-    top, tokens = OutputHead(model).likeliest(torch.randn(2, 32), 1000)
+    _, top, tokens = OutputHead(model).nll_and_likeliest(torch.randn(2, 32), torch.zeros(2, dtype=torch.long), 1000)
     assert top.shape == tokens.shape == (2, 300)
 
 
@@ -90,6 +91,14 @@ def test_a_model_that_does_more_is_refused(kind: str) -> None:
     else:
         model.lm_head.register_forward_pre_hook(lambda _module, inputs: (2 * inputs[0],))
     with pytest.raises(ModelError, match="LlamaForCausalLM does more to its last states than an output head"):
+        OutputHead(model)
+
+
+def test_logits_that_are_no_numbers() -> None:
+    model = made("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM gives logits that are no numbers \(NaN\) in torch.float32"):
         OutputHead(model)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fakes import bigram_lm, random_lm
 
+from terselm.data import score as data_score
 from terselm.data.logprobs import ScoredText
 from terselm.data.score import score_texts
 from terselm.data.texts import PlainText
@@ -36,7 +37,7 @@ def one_by_one(lm: CausalLM, ids: list[int]) -> list[float]:
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
 def test_scores_are_those_of_one_token_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = random_lm(kind)
-    monkeypatch.setattr("terselm.data.score.tokens_at_once", lambda lm: 100)  # several passes
+    monkeypatch.setitem(data_score._TOKENS_AT_ONCE, "cpu", 100)  # several passes
     scored = score(lm, TEXTS, top_k=3)
     assert len(scored) == len(TEXTS)
     for number, text in enumerate(TEXTS):

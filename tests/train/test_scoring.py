@@ -100,11 +100,11 @@ def test_models_that_scale_their_logits(
 
 
 @pytest.mark.parametrize("chunk", [7, 1024])
-@pytest.mark.parametrize("kind", ["frozen", "trained", "module", "capped"])
+@pytest.mark.parametrize("kind", ["frozen", "trained", "module", "capped", "scaled", "biased"])
 def test_several_tokens_a_position(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, chunk: int, kind: str) -> None:
     """Values and gradients of any wanted tokens, against float64 log-softmax."""
     monkeypatch.setitem(log_probabilities._LOGITS_AT_ONCE, "cpu", chunk * len(tokenizer))
-    if kind == "module":
+    if kind in ("module", "biased"):
         monkeypatch.setattr(log_probabilities, "_is_plain", lambda head: False)
     lm = make_model(len(tokenizer))
     lm = with_soft_cap(lm, 2.0) if kind == "capped" else lm
@@ -114,8 +114,13 @@ def test_several_tokens_a_position(tokenizer: Any, monkeypatch: pytest.MonkeyPat
     states = torch.randn(20, lm.config.hidden_size, requires_grad=True)
     wanted = torch.randint(len(tokenizer), (20, 3))
     upstream = torch.randn(20, 3)
-    ours = log_probabilities.surprisals(lm, states, wanted, LogitTransform(cap=2.0 if kind == "capped" else None))
+    if kind == "biased":
+        head.bias = torch.nn.Parameter(torch.randn(len(tokenizer)))
+    scale = 0.3 if kind in ("scaled", "biased") else 1.0
+    transform = LogitTransform(scale=scale, cap=2.0 if kind == "capped" else None)
+    ours = log_probabilities.surprisals(lm, states, wanted, transform)
     logits = states.double() @ head.weight.double().T
+    logits = scale * (logits if head.bias is None else logits + head.bias.double())
     logits = torch.tanh(logits / 2) * 2 if kind == "capped" else logits
     expected = -torch.log_softmax(logits, -1).gather(1, wanted)
     torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,6 +24,9 @@ _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multip
 _PROBE = 16  # tokens
 _STRIDE = 7919  # a prime
 
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
 
 def last_states(model: Any, ids: Tensor) -> Tensor:
     """Last hidden states ``(B, T, H)`` of texts ``(B, T)`` that are padded at their ends.
@@ -32,6 +36,44 @@ def last_states(model: Any, ids: Tensor) -> Tensor:
     with fast_attention():
         states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return states
+
+
+def states_before(model: Any, rows: Sequence[Sequence[int]], skips: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What predicts the tokens of each row but its first ``skip`` ones, at least one.
+
+    Returns:
+        ``(N, H)`` the last hidden states before these tokens; ``(N,)`` int64 the tokens; row after row.
+    """
+    ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    counted = np.zeros(ids.shape, dtype=np.bool_)
+    for number, (row, skip) in enumerate(zip(rows, skips, strict=True)):
+        ids[number, : len(row)] = row
+        counted[number, skip : len(row)] = True
+    states = last_states(model, torch.from_numpy(ids).to(model.device))
+    places = torch.from_numpy(np.flatnonzero(counted) - 1).to(model.device)
+    return states.flatten(0, 1)[places], torch.from_numpy(ids[counted]).to(model.device)
+
+
+def in_halves(
+    read: Callable[[Sequence[Item]], list[Answer]],
+    items: Sequence[Item],
+    too_large: Callable[[Item], Exception],
+    give_back: Callable[[], None] = torch.cuda.empty_cache,
+) -> list[Answer]:
+    """``read(items)``; where the memory is too small for all, half of them, then the other half.
+
+    Args:
+        too_large: what to raise where it is too small for one.
+        give_back: called after the memory was exhausted.
+    """
+    try:
+        return read(items)
+    except torch.OutOfMemoryError:
+        if len(items) == 1:
+            raise too_large(items[0]) from None
+    give_back()  # here, where the exception no longer holds the frames
+    half = len(items) // 2
+    return [item for part in (items[:half], items[half:]) for item in in_halves(read, part, too_large, give_back)]
 
 
 @contextmanager
@@ -51,9 +93,12 @@ class LogitTransform:
     def __call__(self, logits: Tensor) -> Tensor:
         if self.scale != 1:
             logits = logits.float() * self.scale
-        if self.cap is not None:
-            logits = torch.tanh(logits.float() / self.cap) * self.cap
-        return logits
+        return soft_cap(logits, self.cap)
+
+
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """``cap · tanh(logits / cap)`` in float32; the logits as they are without a cap."""
+    return logits if cap is None else torch.tanh(logits.float() / cap) * cap
 
 
 @torch.no_grad()
@@ -61,21 +106,28 @@ def logit_transform(model: Any) -> LogitTransform:
     """What a transformers causal LM does to its head's output, found by a pass over 16 tokens.
 
     Raises:
-        ModelError: its logits are not made of its body's last states, its output head and such a transform.
+        ModelError: its logits are not made of its body's last states, its output head and such a transform; or they are
+            no numbers.
     """
     ids = probe_ids(model)
     with _watched(model) as seen:
         logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
+    if logits.isnan().any():
+        raise ModelError(
+            f"{type(model).__name__} gives logits that are no numbers (NaN) in {model.dtype}; choose another dtype, or "
+            "see whether its weights are damaged"
+        )
     if seen.states is None or seen.read is None or seen.given is None or _distance(seen.states, seen.read) > 0:
         raise _unlike(model)
     config = model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
     values = [float(value) for name in _SCALES if (value := getattr(config, name, None))]
     found = [LogitTransform(scale, cap) for scale in (1.0, *values, *(1 / value for value in values))]
-    errors = [_distance(transform(seen.given), logits) for transform in found]
-    if min(errors) > 0.01:
+    errors = {transform: _distance(transform(seen.given), logits) for transform in found}
+    best = min(found, key=errors.__getitem__)
+    if errors[best] > 0.01:
         raise _unlike(model)
-    return found[errors.index(min(errors))]
+    return best
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
@@ -159,32 +211,33 @@ class OutputHead:
             and self._head.weight.dtype in (torch.bfloat16, torch.float16)
         )
 
-    @torch.no_grad()
     def nll(self, states: Tensor, targets: Tensor) -> Tensor:
-        """−log p of ``targets`` ``(N,)`` after ``states`` ``(N, H)``: ``(N,)`` float32, in chunks of rows."""
+        """−log p of ``targets`` ``(N,)`` after ``states`` ``(N, H)``: ``(N,)`` float32, nats."""
+        return self.nll_and_likeliest(states, targets, 0)[0]
+
+    @torch.no_grad()
+    def nll_and_likeliest(self, states: Tensor, targets: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, and the likeliest tokens in each place, the likeliest first; in chunks of rows.
+
+        Returns:
+            ``(N,)`` float32; ``(N, K)`` float32 log-probabilities; ``(N, K)`` int64 token ids.
+        """
         count = len(targets)
         if self._device.type == "cpu" and (excess := -count % grain(count)):
             states, targets = pad(states, (0, 0, 0, excess)), pad(targets, (0, excess))
         parts = [
-            surprisal_kernel.nll(self._logits(some), wanted)
+            self._chunk(some, wanted, min(top_k, self._vocabulary))
             for some, wanted in zip(self._chunks(states), self._chunks(targets), strict=True)
         ]
-        return torch.cat(parts)[:count]
+        nats, top, tokens = (torch.cat(part)[:count] for part in zip(*parts, strict=True))
+        return nats, top, tokens
 
-    @torch.no_grad()
-    def likeliest(self, states: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """The likeliest tokens after ``states`` ``(N, H)``, the likeliest first.
-
-        Returns:
-            ``(N, K)`` float32 log-probabilities, nats; ``(N, K)`` int64 token ids.
-        """
-        logprobs, ids = [], []
-        for some in self._chunks(states):
-            logits = self._logits(some).float()
-            top, tokens = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
-            logprobs.append(top - logits.logsumexp(-1, keepdim=True))
-            ids.append(tokens)
-        return torch.cat(logprobs), torch.cat(ids)
+    def _chunk(self, states: Tensor, targets: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self._logits(states)
+        nats = surprisal_kernel.nll(logits, targets)
+        top, tokens = logits.topk(top_k, dim=-1) if top_k else (logits[:, :0], targets[:, None][:, :0])
+        total = nats + logits.gather(1, targets[:, None])[:, 0].float()  # log-sum-exp
+        return nats, top.float() - total[:, None], tokens
 
     def _chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
         place = self._device.type if self._device.type in _LOGITS_AT_ONCE else "cpu"
