@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -49,6 +49,8 @@ class Prompt:
     def __post_init__(self) -> None:
         if isinstance(self.demonstrations, str):
             raise PromptError("demonstrations is one string; expected a list of strings")
+        if not isinstance(self.demonstrations, Iterable):
+            raise PromptError(f"demonstrations is a {type(self.demonstrations).__name__}; expected a list of strings")
         object.__setattr__(self, "demonstrations", tuple(self.demonstrations))
         for name, text in self._named():
             if not isinstance(text, str):
@@ -67,9 +69,10 @@ class Prompt:
         return [piece for piece in pieces if piece.text]
 
     def _check_pinned(self) -> None:
-        if isinstance(self.pinned, int | str):
-            raise PromptError(f"pinned is {self.pinned!r}; expected a list of numbers of demonstrations")
-        object.__setattr__(self, "pinned", tuple(self.pinned))
+        pinned: object = self.pinned  # from a caller without types, or a row
+        if isinstance(pinned, str) or not isinstance(pinned, Iterable):
+            raise PromptError(f"pinned is {pinned!r}; expected a list of numbers of demonstrations")
+        object.__setattr__(self, "pinned", tuple(pinned))
         count = len(self.demonstrations)
         for number in self.pinned:
             if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < count:

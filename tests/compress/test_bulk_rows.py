@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from terselm.compress.bulk.files import dump_row
@@ -23,6 +23,7 @@ PLAIN = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 @given(ROWS, st.none() | st.integers(1, 9))
+@example({"question": "Why?", "pinned": 0.0}, None)
 def test_a_request_or_a_reason(row: dict[str, Any], budget: int | None) -> None:
     try:
         request = read_request(3, row, budget, None if budget else 0.5)

@@ -39,6 +39,12 @@ def test_no_such_model(tmp_path: Any) -> None:
     assert "not-there" in message
 
 
+@pytest.mark.parametrize("wrong", [3, 3.0, True, "one"])
+def test_parts_that_are_no_lists(wrong: Any) -> None:
+    assert fails(PromptError, lambda: Prompt(demonstrations=wrong)).startswith("demonstrations is ")
+    assert fails(PromptError, lambda: Prompt(demonstrations=["a"], pinned=wrong)).startswith(f"pinned is {wrong!r};")
+
+
 def test_a_model_with_recurrent_layers() -> None:
     sizes = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "n_groups": 1}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba2", **sizes))
