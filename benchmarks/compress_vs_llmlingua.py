@@ -36,8 +36,8 @@ from against_llmlingua.prompts import PromptMaker, bundled, gsm8k
 from against_llmlingua.report import ratios, table
 from against_llmlingua.weights import SHAPES, random_model
 
-from terselm.compress.evaluation.peer import translate_model
 from terselm.errors import ConfigError, TerseLMError
+from terselm.evaluate.peer import translate_model
 from terselm.files import atomic_file
 from terselm.models import load_tokenizer
 from terselm.models.load import pick_device, resolve

@@ -33,7 +33,7 @@ from paper_tables.plan import (
 )
 from paper_tables.tables import report
 
-from terselm.compress.evaluation.runner import Run
+from terselm.evaluate.runner import Run
 
 
 def main() -> None:

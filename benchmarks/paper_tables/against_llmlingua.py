@@ -9,11 +9,11 @@ from contextlib import ExitStack
 
 from paper_tables.plan import MATCHED, PEER, journal_for, methods_of, settings_of
 from terselm.compress.counter import Count, resolve_counter
-from terselm.compress.evaluation.methods import Compressed, Method, parse_method
-from terselm.compress.evaluation.opening import Workshop, open_target
-from terselm.compress.evaluation.peer import Llmlingua
-from terselm.compress.evaluation.runner import JOURNAL, Run
 from terselm.compress.prompt import Prompt
+from terselm.evaluate.methods import Compressed, Method, parse_method
+from terselm.evaluate.opening import Workshop, open_target
+from terselm.evaluate.peer import Llmlingua
+from terselm.evaluate.runner import JOURNAL, Run
 
 
 class Remembering:

@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from terselm.compress.evaluation.runner import JOURNAL
-from terselm.compress.evaluation.settings import EvaluateSettings, SuiteName, SuiteSettings, TargetSettings
+from terselm.evaluate.runner import JOURNAL
+from terselm.evaluate.settings import EvaluateSettings, SuiteName, SuiteSettings, TargetSettings
 
 THINNED = "anchor=0"  # the question whole, demonstrations token by token
 OURS = [

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from paper_tables.plan import folder_of, name_of, settings_of, weights_of
-from terselm.compress.evaluation.figures import Figuring
-from terselm.compress.evaluation.report import as_json, markdown, plain
-from terselm.compress.evaluation.runner import JOURNAL
-from terselm.compress.evaluation.suites import load_suite
+from terselm.evaluate.figures import Figuring
+from terselm.evaluate.report import as_json, markdown, plain
+from terselm.evaluate.runner import JOURNAL
+from terselm.evaluate.suites import load_suite
 from terselm.train.hardware import describe_hardware
 from terselm.train.provenance import git_commit
 

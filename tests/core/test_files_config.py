@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from terselm.compress.evaluation.settings import EvaluateSettings, SuiteName, SuiteSettings
 from terselm.config import dump_config, load_config
 from terselm.errors import ConfigError
+from terselm.evaluate.settings import EvaluateSettings, SuiteName, SuiteSettings
 from terselm.files import atomic_file, atomic_folder, remove_partials
 
 

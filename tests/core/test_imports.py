@@ -1,4 +1,4 @@
-"""Who may import whom: errors <- files, config <- models <- data <- compress <- train <- cli. Nothing points back."""
+"""Who may import whom: errors <- files, config <- models <- data <- compress <- train, evaluate <- cli. Nothing points back."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ RANK = {
     "terselm.errors": 0,
     "terselm.files": 1,
     "terselm.config": 1,
+    "terselm.extras": 1,
+    "terselm.progress": 1,
+    "terselm.statistics": 1,
     "terselm.models": 2,
     "terselm.data": 3,
     "terselm.compress": 4,
     "terselm.train": 5,
+    "terselm.evaluate": 5,
     "terselm": 6,  # the public names, imported on first use
     "terselm.cli": 7,
     "terselm.__main__": 8,
@@ -140,7 +144,7 @@ def test_names_of_dependencies_are_found(name: str) -> None:
 
 def test_every_module_is_in_a_listed_package() -> None:
     listed = set(packages().values())
-    roots = [ROOT / "src" / "terselm", ROOT / "data", ROOT / "compress", ROOT / "train"]
+    roots = [ROOT / "src" / "terselm", ROOT / "data", ROOT / "compress", ROOT / "train", ROOT / "evaluate"]
     assert set(roots) <= listed
     lost = [file for root in roots for file in root.rglob("*.py") if file.parent not in listed]
     assert not lost, f"add their packages to pyproject.toml: {lost}"

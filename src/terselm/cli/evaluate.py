@@ -26,15 +26,15 @@ def evaluate(
 ) -> None:
     """Measure what a target makes of compressed prompts, and print the table."""
     need("evaluate", "matplotlib")
-    from terselm.compress.evaluation.settings import EvaluateSettings
     from terselm.config import load_config
+    from terselm.evaluate.settings import EvaluateSettings
 
     given = [f"suite.name={suite}"] if suite else []
     given += [f"target.model={target}"] if target else []
     given += [_listed("methods", methods)] if methods else []
     given += [_listed("budgets", budgets)] if budgets else []
     settings = load_config(EvaluateSettings, config, [*given, *(overrides or [])])
-    from terselm.compress.evaluation.evaluate import evaluate as run
+    from terselm.evaluate.evaluate import evaluate as run
 
     quieten_transformers()
     print(run(settings, out)[1])
@@ -55,7 +55,7 @@ def tune(
 ) -> None:
     """Find the settings that keep most of what your prompts are worth to your target; print their file."""
     need("evaluate", "matplotlib")
-    from terselm.compress.evaluation.settings import TargetSettings, TuneSettings
+    from terselm.evaluate.settings import TargetSettings, TuneSettings
 
     settings = TuneSettings(
         prompts=prompts,
@@ -67,7 +67,7 @@ def tune(
         questions=questions,
         device=device,
     )
-    from terselm.compress.evaluation.tune import tune as search
+    from terselm.evaluate.tune import tune as search
 
     quieten_transformers()
     found = search(settings, out)

@@ -1,0 +1,199 @@
+"""What is evaluated, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from terselm.errors import ConfigError
+from terselm.evaluate.budgets import parse_budget
+
+
+class SuiteName(StrEnum):
+    """The benchmarks."""
+
+    GSM8K = "gsm8k"
+    BBH = "bbh"
+    NQ = "nq"
+    SHAREGPT = "sharegpt"
+    ARXIV = "arxiv"
+    PROMPTS = "prompts"  # the user's own
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteSettings:
+    """Which questions, from where.
+
+    Attributes:
+        name: the suite.
+        questions: how many; of BBH, for each task.
+        sets: how many demonstration sets GSM8K's questions are shared out among; each is drawn from the training rows.
+        shots: demonstrations in a set.
+        documents: passages in a prompt of NQ.
+        tasks: those of BBH to use; none for all.
+        seed: of every draw.
+        data: a local file (GSM8K's test rows, NQ, ShareGPT, arXiv, own prompts) or folder (BBH); None for the hub.
+        train: GSM8K's training rows; None for the hub.
+        prompt: a file of demonstrations separated by blank lines (GSM8K), or the folder of BBH's chain-of-thought
+            prompts; replaces drawn demonstrations.
+
+    Raises:
+        ConfigError: a number below 1.
+    """
+
+    name: SuiteName = SuiteName.GSM8K
+    questions: int = 200
+    sets: int = 10
+    shots: int = 9
+    documents: int = 10
+    tasks: list[str] = field(default_factory=list)
+    seed: int = 0
+    data: Path | None = None
+    train: Path | None = None
+    prompt: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("questions", "sets", "shots", "documents"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"suite.{name} is {getattr(self, name)}; expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSettings:
+    """The model that reads the prompts.
+
+    Attributes:
+        model: of a local target, what `load_causal_lm` takes; of an endpoint, the name it goes by there.
+        base_url: of an OpenAI-compatible endpoint; empty for a local model.
+        counter: tokenizer that an endpoint's tokens are counted in; a local target has its own.
+        device: of a local model.
+        dtype: of a local model.
+        api: of an endpoint: ``chat``, or ``completions``, which gives it the prompt as plain text.
+        key_file: holds an endpoint's key; else OPENAI_API_KEY does.
+        ledger: beside which file an endpoint's answers are kept, so that none is asked for twice, not by another
+            evaluation either; by default in the folder of results.
+        prices: price table in YAML, for ``max_cost``.
+        max_cost: an endpoint is asked for nothing more once it has cost so much.
+        concurrency: most requests in flight.
+        price: of a million prompt tokens, in whatever currency, to say what is saved; 0 leaves that out.
+    """
+
+    model: str = "gemma3-270m"
+    base_url: str = ""
+    counter: str = "cl100k_base"
+    device: str = "auto"
+    dtype: str = "auto"
+    api: str = "chat"
+    key_file: Path | None = None
+    ledger: Path | None = None
+    prices: Path | None = None
+    max_cost: float | None = None
+    concurrency: int = 16
+    price: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.api not in ("chat", "completions"):
+            raise ConfigError(f"target.api is {self.api!r}; expected chat or completions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """One evaluation.
+
+    Attributes:
+        suite: the questions.
+        target: the model that reads them.
+        methods: how prompts are shortened; see `parse_method`.
+        budgets: "1-shot", "half-shot", "quarter-shot" or "2.5-shot" (instruction, question and so many mean
+            demonstrations), "300" (tokens) or "0.2" (a share of the prompt's tokens).
+        counter: the tokenizer that all tokens are counted in; empty for the target's. In the small LM's own, what it
+            has read of shared demonstrations can be used again, which is faster.
+        compare: the method that all others are compared with; empty for the first.
+        model: the small LM of methods that name none.
+        device: of the small LM.
+        dtype: of the small LM.
+        llmlingua: interpreter of an environment with llmlingua, or a folder that pip installed it into.
+        score: whether −log p of the gold answer is measured; needs a local target.
+        generate: whether the target answers.
+        references: whether the bare question and the whole prompt are measured too; scores need them.
+        oracle: whether the words that ours keeps are compared with those that the target itself, as compressor, keeps.
+        bert_score: encoder that BERTScore compares texts with, such as ``roberta-large`` or a folder; empty for none.
+        batch: prompts that are compressed, and committed to disk, together.
+        seed: of random methods and of intervals.
+
+    Raises:
+        ConfigError: no methods or budgets, or neither score nor generate.
+    """
+
+    suite: SuiteSettings = field(default_factory=SuiteSettings)
+    target: TargetSettings = field(default_factory=TargetSettings)
+    methods: list[str] = field(default_factory=lambda: ["terselm", "truncate", "demonstrations-random"])
+    budgets: list[str] = field(default_factory=lambda: ["1-shot", "half-shot", "quarter-shot"])
+    counter: str = ""
+    compare: str = ""
+    model: str = "smollm2-135m"
+    device: str = "auto"
+    dtype: str = "auto"
+    llmlingua: Path | None = None
+    score: bool = True
+    generate: bool = False
+    references: bool = True
+    oracle: bool = False
+    bert_score: str = ""
+    batch: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.methods or not self.budgets:
+            raise ConfigError("there are no methods or no budgets; name at least one of each")
+        if len(set(self.methods)) < len(self.methods):
+            raise ConfigError("a method is named twice; name each once")
+        if self.compare and self.compare not in self.methods:
+            raise ConfigError(f"compare is {self.compare!r}; expected one of the methods: {', '.join(self.methods)}")
+        if not self.score and not self.generate:
+            raise ConfigError("neither score nor generate is on, so there is nothing to measure; turn one on")
+        if self.score and not self.references:
+            raise ConfigError("scores are relative to the bare question and the whole prompt; leave references on")
+        if self.batch < 1:
+            raise ConfigError(f"batch is {self.batch}; expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSettings:
+    """One search.
+
+    Attributes:
+        prompts: JSON Lines: instruction, demonstrations, question and, where known, answer.
+        target: the model that reads the prompts; a local one.
+        model: the small LM.
+        budget: such as "300", "1-shot" or "0.2" (see `parse_budget`); or empty, with a quality.
+        quality: instead, the share of the gain that must be left, in (0, 1]; the smallest budget is looked for.
+        minutes: after which no new settings are tried.
+        questions: at most so many of the prompts.
+        device: of both models.
+        seed: of intervals.
+
+    Raises:
+        ConfigError: both or neither of budget and quality, or one out of range.
+    """
+
+    prompts: Path
+    target: TargetSettings = field(default_factory=TargetSettings)
+    model: str = "smollm2-135m"
+    budget: str = ""
+    quality: float = 0.0
+    minutes: float = 10.0
+    questions: int = 50
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if bool(self.budget) == bool(self.quality):
+            raise ConfigError("give exactly one of a budget and a quality")
+        if self.budget:
+            parse_budget(self.budget)
+        if not 0 <= self.quality <= 1:
+            raise ConfigError(f"quality is {self.quality}; expected a share of the gain, in (0, 1]")
+        if self.minutes <= 0 or self.questions < 1:
+            raise ConfigError("minutes and questions must be above 0")
