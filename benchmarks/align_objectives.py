@@ -32,11 +32,10 @@ from alignment_quality.texts import HeldOut, Sources, Texts, gather
 from terselm.errors import TerseLMError
 from terselm.files import atomic_file
 from terselm.models import load_causal_lm
-from terselm.train.choices import LossOn
-from terselm.train.config import ObjectiveSettings
-from terselm.train.hardware import describe_hardware, describe_versions
-from terselm.train.progress import quieten_libraries
-from terselm.train.report.metrics import Measure, compare_words
+from terselm.train.hardware import quieten_libraries
+from terselm.train.provenance import describe_hardware, describe_versions
+from terselm.train.report.measures import Measure, compare_words
+from terselm.train.settings import LossOn, ObjectiveSettings
 
 ALL = ("given", "answers", "free")
 

@@ -30,8 +30,7 @@ from terselm.data.jsonl import read_objects
 from terselm.errors import TerseLMError
 from terselm.files import atomic_file
 from terselm.models import load_tokenizer
-from terselm.train.hardware import describe_hardware
-from terselm.train.provenance import git_commit
+from terselm.train.provenance import describe_hardware, git_commit
 
 _COMMAND = "from terselm.cli import main; main()"
 _CONFIG = Path(__file__).parents[1] / "configs" / "compress" / "paper.yaml"

@@ -41,8 +41,7 @@ from terselm.evaluate.peer import translate_model
 from terselm.files import atomic_file
 from terselm.models import load_tokenizer
 from terselm.models.load import pick_device, resolve
-from terselm.train.hardware import describe_hardware
-from terselm.train.provenance import git_commit
+from terselm.train.provenance import describe_hardware, git_commit
 
 _PROMPT_TOKENS = 2465
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from terselm.files import atomic_file
-from terselm.train.hardware import describe_hardware, describe_versions
+from terselm.train.provenance import describe_hardware, describe_versions
 from terselm.train.publish import publish
 
 ROOT = Path(__file__).parents[1]

@@ -26,8 +26,7 @@ from terselm import Prompt, PromptCompressor
 from terselm.data.records import read_records
 from terselm.errors import TerseLMError
 from terselm.files import atomic_file
-from terselm.train.hardware import describe_hardware
-from terselm.train.provenance import git_commit
+from terselm.train.provenance import describe_hardware, git_commit
 
 _RECORDS = Path(__file__).parents[1] / "data" / "sample" / "records.jsonl"
 _DOCUMENT = 2000  # tokens

@@ -33,8 +33,7 @@ from terselm.errors import TerseLMError
 from terselm.files import atomic_file
 from terselm.models import CausalLM, load_causal_lm
 from terselm.models.load import pick_device
-from terselm.train.hardware import describe_hardware
-from terselm.train.provenance import git_commit
+from terselm.train.provenance import describe_hardware, git_commit
 
 _TESTS = Path(__file__).parents[1] / "tests" / "compress"
 _NO_CACHE = paper_settings(cache_bytes=0)

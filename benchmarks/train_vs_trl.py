@@ -25,7 +25,7 @@ from typing import Any
 from training_speed.shapes import SHAPES
 
 from terselm.files import atomic_file
-from terselm.train.hardware import describe_hardware, describe_versions
+from terselm.train.provenance import describe_hardware, describe_versions
 
 HERE = Path(__file__).parent / "training_speed"
 Flags = list[str]

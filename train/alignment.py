@@ -1,46 +1,57 @@
-"""One alignment run, from records to an adapter or a model, with its metrics."""
+"""One alignment run, from its settings to an adapter or a model with its metrics and its report."""
 
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from terselm.config import dump_config
-from terselm.errors import TrainingError
+from terselm.errors import ConfigError, ModelError, TrainingError
 from terselm.models import load_tokenizer
-from terselm.train.choices import Method
-from terselm.train.config import AlignConfig
-from terselm.train.dry_run import estimate
-from terselm.train.evaluation import compare
-from terselm.train.fitting import fewer_rows, find_fitting, is_out_of_memory
-from terselm.train.gathering import gather_trained
-from terselm.train.hardware import join_processes, share_out_cores
-from terselm.train.progress import quieten_libraries, say
-from terselm.train.report.reading import write_texts
-from terselm.train.report.report import REPORT, Measurement, report_target, write_report
-from terselm.train.report.text import sentence
-from terselm.train.run import Run, prepare
-from terselm.train.run_folder import ADAPTER, MODEL, RunFolder, run_key
-from terselm.train.saving import clear_disk_errors
-from terselm.train.small_lm import save_trained
-from terselm.train.sources import combined, read_sources
-from terselm.train.trainer import AlignmentTrainer
+from terselm.progress import say
+from terselm.train.callbacks import MEASURE
+from terselm.train.fitting import DryRunEstimate, fewer_rows, find_fitting, is_out_of_memory
+from terselm.train.hardware import (
+    apply_engine,
+    join_processes,
+    pick_precision,
+    quieten_libraries,
+    share_out_cores,
+)
+from terselm.train.held_out import HeldOutText, compare_scores, score_held_out
+from terselm.train.model import gather_trained, load_small_lm, make_trainable, save_trained
+from terselm.train.provenance import describe_hardware, describe_versions, git_commit, weights_sha256
+from terselm.train.report.measures import sentence
+from terselm.train.report.report import REPORT, Measurement, report_target, write_alignment_report, write_held_out_texts
+from terselm.train.run_folder import ADAPTER, MODEL, RunFolder, clear_disk_errors, run_key
+from terselm.train.settings import AlignSettings, TrainingMethod
+from terselm.train.surprisals import give_surprisals
+from terselm.train.text_cache import RecordSource
+from terselm.train.texts import Texts, combined_fingerprint, prepare_texts, read_sources
+from terselm.train.trainer import AlignmentTrainer, schedule_rows, training_arguments
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
 
-def align(config: AlignConfig, *, resume: bool = True, dry_run: bool = False) -> RunFolder:
-    """Align ``config.model`` to its records; does nothing if this very run has been finished.
+def align(settings: AlignSettings, *, resume: bool = True, dry_run: bool = False) -> RunFolder:
+    """Align ``settings.model`` to its records; does nothing if this very run has been finished.
 
     Every process of a distributed launch calls it; the first one alone writes.
 
     Args:
-        config: the run.
+        settings: the run.
         resume: go on from the last whole checkpoint of the run folder, if it holds one; else begin anew.
         dry_run: only say how long it would take and how much memory; nothing is written.
 
@@ -49,17 +60,17 @@ def align(config: AlignConfig, *, resume: bool = True, dry_run: bool = False) ->
     """
     quieten_libraries()
     share_out_cores()
-    sources = read_sources(config.data)
-    data_sha256 = combined(sources)
-    key = run_key(dump_config(config), data_sha256)
-    folder = RunFolder(Path(config.run_dir), key, MODEL if config.method is Method.FULL else ADAPTER)
+    sources = read_sources(settings.data)
+    data_sha256 = combined_fingerprint(sources)
+    key = run_key(dump_config(settings), data_sha256)
+    folder = RunFolder(Path(settings.run_dir), key, MODEL if settings.method is TrainingMethod.FULL else ADAPTER)
     finished = folder.is_finished()
     state = join_processes()
     tell = say if state.is_main_process else _stay_silent
     if dry_run:
-        tell(str(estimate(prepare(config, folder, state, sources))))
+        tell(str(_estimate(prepare_run(settings, folder, state, sources))))
         return folder
-    target = report_target(config)
+    target = report_target(settings)
     if finished:
         tell(f"{folder.path} holds this very run, finished; nothing to do")
         state.wait_for_everyone()  # the first process must not be gone while the others still look for it
@@ -68,7 +79,7 @@ def align(config: AlignConfig, *, resume: bool = True, dry_run: bool = False) ->
         return folder
     if target is not None and state.is_main_process:
         load_tokenizer(target)  # better to know now than after the training
-    while not _attempt(prepare(config, folder, state, sources), data_sha256, tell, resume=resume):
+    while not _attempt(prepare_run(settings, folder, state, sources), data_sha256, tell, resume=resume):
         tell("out of memory: going on with smaller passes")
         resume = True
     if state.is_main_process:
@@ -79,16 +90,16 @@ def align(config: AlignConfig, *, resume: bool = True, dry_run: bool = False) ->
 def _report(folder: RunFolder, target: str | None, state: PartialState) -> None:
     """Write the report, and say the part of it that has not been said yet."""
     gc.collect()  # the trained model, in whose place others are read
-    report = write_report(folder.path, Measurement(target=target, device=str(state.device)))
+    report = write_alignment_report(folder.path, Measurement(target=target, device=str(state.device)))
     if report["words"] is not None:
         say("\n".join(sentence(name, measure) for name, measure in report["words"]["measures"].items()))
     say(f"report in {folder.path / REPORT}")
 
 
-def _attempt(run: Run, data_sha256: str, tell: Callable[[str], None], *, resume: bool) -> bool:
+def _attempt(run: AlignmentRun, data_sha256: str, tell: Callable[[str], None], *, resume: bool) -> bool:
     """Train, measure and write; False if there was not enough memory for passes of this size."""
     started = time.perf_counter()
-    config, folder = run.config, run.folder
+    settings, folder = run.settings, run.folder
     checkpoint = _begin(run, resume=resume)
     run = _fit(run)
     tell(run.introduction())
@@ -104,12 +115,12 @@ def _attempt(run: Run, data_sha256: str, tell: Callable[[str], None], *, resume:
         _take_smaller_passes(run)
         return False
     training = _describe_training(run.trainer, resumed=checkpoint is not None)
-    held_out = compare(run.reported, before, run.score(run.reported), config.seed)
+    held_out = compare_scores(run.reported, before, run.score(run.reported), settings.seed)
     weights = gather_trained(run.model, keep=run.state.is_main_process)
     if run.state.is_main_process:
         metrics: dict[str, Any] = {
-            "model": config.model,
-            "method": config.method.value,
+            "model": settings.model,
+            "method": settings.method.value,
             "held_out": held_out,
             "training": training,
         }
@@ -117,26 +128,26 @@ def _attempt(run: Run, data_sha256: str, tell: Callable[[str], None], *, resume:
         metrics["seconds"] = time.perf_counter() - started
         held_out_texts = run.reported.prompt_of, run.reported.raw
         with clear_disk_errors(folder.path, "the result could not be written; the checkpoints are kept"):
-            write_texts(folder.path, *held_out_texts, most=config.report.texts, seed=config.seed)
+            write_held_out_texts(folder.path, *held_out_texts, most=settings.report.texts, seed=settings.seed)
         folder.finish(
-            metrics, partial(save_trained, run.model, config=config, tokenizer=run.tokenizer, weights=weights)
+            metrics, partial(save_trained, run.model, settings=settings, tokenizer=run.tokenizer, weights=weights)
         )
         tell(_conclusion(metrics, folder))
     run.trainer.accelerator.end_training()
     return True
 
 
-def _begin(run: Run, *, resume: bool) -> Path | None:
+def _begin(run: AlignmentRun, *, resume: bool) -> Path | None:
     """The checkpoint to go on from, the same in every process."""
     from accelerate.utils import broadcast_object_list
 
     run.state.wait_for_everyone()  # until all have seen that the folder is free
-    config_yaml = dump_config(run.config)
+    config_yaml = dump_config(run.settings)
     chosen = [run.folder.begin(config_yaml, resume=resume) if run.state.is_main_process else None]
     return broadcast_object_list(chosen)[0] if run.state.num_processes > 1 else chosen[0]
 
 
-def _fit(run: Run) -> Run:
+def _fit(run: AlignmentRun) -> AlignmentRun:
     """The run with passes that fit into memory: as large as they were before it was killed, else found by trying."""
     rows = run.folder.noted_rows_per_pass()
     if rows is None and not run.is_sharded:
@@ -146,7 +157,7 @@ def _fit(run: Run) -> Run:
     return run if rows in (None, run.rows_per_pass) else run.with_rows_per_pass(rows)
 
 
-def _take_smaller_passes(run: Run) -> None:
+def _take_smaller_passes(run: AlignmentRun) -> None:
     """Note it for the next attempt.
 
     Raises:
@@ -161,6 +172,34 @@ def _take_smaller_passes(run: Run) -> None:
         raise TrainingError(
             f"{where}; run the same command: it goes on from the last checkpoint with {smaller}", this_process_only=True
         )
+
+
+def _estimate(run: AlignmentRun) -> DryRunEstimate:
+    """Try a pass and reckon from it.
+
+    Raises:
+        ConfigError: the model would be sharded.
+        TrainingError: not even one row fits into memory.
+    """
+    if run.is_sharded:
+        raise ConfigError("--dry-run cannot try a sharded model; use it with one process or with DDP")
+    for folder in (
+        run.folder.checkpoints,
+        run.folder.path,
+    ):  # which the Trainer makes before there is anything to put in
+        with suppress(OSError):
+            folder.rmdir()
+    cost = find_fitting(run.trainer, asked=run.rows_per_pass, share=run.share, repeat=True)
+    scored_tokens = 2 * run.reported.text.tokens
+    if run.choosing is not None:
+        scored_tokens += math.ceil(run.compute["steps"] / run.settings.evaluation.every) * run.choosing.text.tokens
+    return DryRunEstimate(
+        steps=run.compute["steps"],
+        passes=run.share // cost.rows,
+        cost=cost,
+        scored_rows=scored_tokens / run.texts.row_length / run.state.num_processes,
+        device=run.compute["device"],
+    )
 
 
 def _describe_training(trainer: AlignmentTrainer, *, resumed: bool) -> dict[str, Any]:
@@ -187,3 +226,163 @@ def _conclusion(metrics: dict[str, Any], folder: RunFolder) -> str:
 
 def _stay_silent(_: str) -> None:
     """What the other processes have to say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentRun:
+    """All that training and scoring need.
+
+    Attributes:
+        reported: held-out text of the report.
+        choosing: held-out text that the best weights are chosen by, if any are.
+    """
+
+    settings: AlignSettings
+    folder: RunFolder
+    state: PartialState
+    model: Any
+    tokenizer: Any
+    texts: Texts
+    reported: HeldOutText
+    choosing: HeldOutText | None
+    trainer: AlignmentTrainer
+    base: dict[str, str]
+    compute: dict[str, Any]
+
+    @property
+    def rows_per_pass(self) -> int:
+        return int(self.trainer.args.per_device_train_batch_size)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold parts of the model, so that none can compute by itself."""
+        return bool(self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled)
+
+    @property
+    def share(self) -> int:
+        """Rows of each step that fall to one process."""
+        return self.settings.optimisation.rows_per_step // int(self.state.num_processes)
+
+    def score(self, held_out: HeldOutText) -> NDArray[np.float64]:
+        """Nats of held-out text, ``(prompts,)``.
+
+        Raises:
+            ModelError: they are not finite.
+        """
+        nats = score_held_out(
+            self.model,
+            held_out,
+            row_length=self.texts.row_length,
+            rows_per_pass=self.settings.evaluation.rows_per_pass,
+            rank=self.state.process_index,
+            processes=self.state.num_processes,
+        )
+        if not np.isfinite(nats).all():
+            raise ModelError(
+                f"{self.settings.model!r} gives held-out text a probability of zero or NaN; its weights may be "
+                "damaged, or dtype too narrow for it: try dtype=float32"
+            )
+        return nats
+
+    def with_rows_per_pass(self, rows: int) -> AlignmentRun:
+        """The same run in smaller or larger passes."""
+        settings = replace(self.settings, optimisation=replace(self.settings.optimisation, rows_per_pass=rows))
+        schedule = self.trainer.train_dataset
+        arguments = training_arguments(settings, self.folder, rows=len(schedule), processes=self.state.num_processes)
+        trainer = AlignmentTrainer(self.model, arguments, schedule, self.folder, settings)
+        return replace(self, trainer=trainer).choosing_best()
+
+    def choosing_best(self) -> AlignmentRun:
+        """Let the trainer choose the best weights by the held-out text that was set apart for it."""
+        if (chosen := self.choosing) is not None:
+            self.trainer.choose_by = lambda: chosen.bits_per_byte(self.score(chosen))
+        return self
+
+    def circumstances(self, data_sha256: str) -> dict[str, Any]:
+        """What the result came from, and the loss by step."""
+        history = self.trainer.state.log_history
+        return {
+            "data": {**self._sources(), "sha256": data_sha256, **self.texts.describe()},
+            "base": self.base,
+            "compute": {**self.compute, "rows_per_pass": self.rows_per_pass},
+            "versions": describe_versions(),
+            "hardware": describe_hardware(),
+            "git_commit": git_commit(),
+            "loss_history": [entry for entry in history if "loss" in entry],
+            "choice_history": [entry for entry in history if MEASURE in entry],
+        }
+
+    def _sources(self) -> dict[str, Any]:
+        mixture = self.settings.data.mixture
+        return (
+            {"records": " + ".join(mixture), "mixture": mixture} if mixture else {"records": self.settings.data.records}
+        )
+
+    def introduction(self) -> str:
+        data, compute = self.texts.describe(), self.compute
+        held_out = self.reported
+        lines = [
+            f"{self.settings.model} on {compute['device']} in {compute['dtype']}, {compute['processes']} process(es), "
+            f"{compute['trainable_parameters']:,} trainable parameters",
+            f"{data['training_records']:,} records, {data['training_tokens']:,} tokens ({data['counted_tokens']:,} "
+            f"counted) in {data['rows']:,} rows, {data['real_token_share']:.1%} of them real; "
+            f"{compute['steps']} steps of {self.settings.optimisation.rows_per_step} rows",
+            f"held out: {len(held_out.prompt_of):,} records to {len(held_out.tokens):,} prompts, "
+            f"{int(held_out.tokens.sum()):,} tokens to score",
+        ]
+        if self.rows_per_pass < (planned := self.settings.optimisation.rows_per_pass):
+            lines.append(
+                f"memory holds {self.rows_per_pass} row(s) a pass instead of {planned}; the steps are the same"
+            )
+        if data["overlong_split"] or data["overlong_dropped"]:
+            lines.append(
+                f"longer than {self.texts.row_length} tokens: {data['overlong_split']} records split, "
+                f"{data['overlong_dropped']} dropped"
+            )
+        return "\n".join(lines)
+
+
+def prepare_run(
+    settings: AlignSettings, folder: RunFolder, state: PartialState, sources: list[RecordSource]
+) -> AlignmentRun:
+    """Load, read and build; writes nothing."""
+    from accelerate.utils import set_seed
+
+    precision = pick_precision(settings.dtype, state.device)
+    dtype = str(precision).removeprefix("torch.")
+    lm = load_small_lm(settings, state.device, precision)
+    texts = prepare_texts(settings, lm, sources)
+    schedule = schedule_rows(texts.rows, settings)
+    arguments = training_arguments(settings, folder, rows=len(schedule), processes=state.num_processes)
+    give_surprisals(lm.model, autocast=None if precision == torch.float32 else precision)
+    base = {"name": settings.model, "dtype": dtype}
+    if (
+        settings.method is not TrainingMethod.QLORA
+    ):  # rounded weights tell nothing of those that an adapter is merged into
+        base["weights_sha256"] = weights_sha256(lm.model, precision)
+    set_seed(settings.seed)  # the adapter's first values
+    model = make_trainable(lm.model, settings)
+    apply_engine(lm.model, settings.engine)
+    compute = {
+        "device": state.device.type,
+        "dtype": dtype,
+        "processes": state.num_processes,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "steps": arguments.max_steps,
+    }
+    choosing, reported = None, texts.held_out
+    if settings.evaluation.every:
+        choosing, reported = texts.held_out.halves(settings.seed)
+    return AlignmentRun(
+        settings=settings,
+        folder=folder,
+        state=state,
+        model=model,
+        tokenizer=lm.tokenizer,
+        texts=texts,
+        reported=reported,
+        choosing=choosing,
+        trainer=AlignmentTrainer(model, arguments, schedule, folder, settings),
+        base=base,
+        compute=compute,
+    ).choosing_best()

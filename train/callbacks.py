@@ -1,28 +1,86 @@
-"""What watches over training: whole checkpoints, finite weights, the best weights so far."""
+"""What watches over training: progress, whole checkpoints, finite weights, the best weights so far, a tracker."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from terselm.errors import TrainingError
-from terselm.train.config import EvaluationSettings
+from terselm.errors import ConfigError, TrainingError
+from terselm.progress import Progress, duration, say
 from terselm.train.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from terselm.train.trainer import AlignmentTrainer
+from terselm.train.settings import EvaluationSettings, Tracker
 
 MEASURE = "eval_bits_per_byte"
+_INSTALL = {Tracker.TENSORBOARD: "terselm[train]"}
 
 
-class WholeCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+class TrainingProgress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Loss, tokens per second and time left; silent on all processes but the first."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._figures = ""
+        self._started = 0.0
+        self._first_step = 0
+        self._first_tokens = 0
+        self._last = (0.0, 0)
+
+    @property
+    def seconds(self) -> float:
+        """Since training began."""
+        return time.perf_counter() - self._started
+
+    def tokens_per_second(self, state: Any) -> float:
+        """Real tokens, since training began or went on."""
+        return float((state.num_input_tokens_seen - self._first_tokens) / self.seconds)
+
+    def recent_tokens_per_second(self, state: Any) -> float:
+        """Real tokens since this was last asked, without what only the start of training costs."""
+        seconds, tokens = self.seconds, state.num_input_tokens_seen
+        (before, seen), self._last = self._last, (seconds, tokens)
+        return float((tokens - seen) / (seconds - before))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._started = time.perf_counter()
+        self._first_step = state.global_step
+        self._first_tokens = state.num_input_tokens_seen
+        self._last = (0.0, self._first_tokens)
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self._bar = Progress(state.max_steps, "aligning", "step", done=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True  # the last step, whatever log_every is
+        if self._bar is not None:
+            self._bar.update(1, self._figures)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        self._figures = f"loss {logs['loss']:.3f}, {self.tokens_per_second(state):,.0f} tokens/s"
+        if self._bar is None:
+            done = state.global_step - self._first_step
+            left = self.seconds / done * (state.max_steps - state.global_step)
+            mfu = f", MFU {logs['mfu']:.1%}" if "mfu" in logs else ""
+            say(f"step {state.global_step}/{state.max_steps}, {self._figures}{mfu}, {duration(left)} left")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class WholeCheckpoints(TrainerCallback):  # type: ignore[misc]
     """Marks a checkpoint once every process has written its part; one without a mark is never resumed from."""
 
-    def __init__(self, trainer: AlignmentTrainer, folder: RunFolder) -> None:
+    def __init__(self, trainer: Trainer, folder: RunFolder) -> None:
         self._trainer = trainer
         self._folder = folder
 
@@ -35,7 +93,7 @@ class WholeCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformers i
 class FiniteWeights(TrainerCallback):  # type: ignore[misc]
     """Stops before anything is saved or logged that an infinite loss or gradient has spoilt."""
 
-    def __init__(self, trainer: AlignmentTrainer, folder: RunFolder) -> None:
+    def __init__(self, trainer: Trainer, folder: RunFolder) -> None:
         self._trainer = trainer
         self._folder = folder
         self._losses: list[Tensor] = []
@@ -76,6 +134,34 @@ class BestWeights(TrainerCallback):  # type: ignore[misc]
         scores = [entry[MEASURE] for entry in state.log_history if MEASURE in entry]
         if self._settings.patience and rounds_since_best(scores) >= self._settings.patience:
             control.should_training_stop = True
+
+
+def tracker_callbacks(choice: Tracker, run: Path) -> list[Any]:
+    """The Trainer's callbacks that report to a tracker.
+
+    Args:
+        choice: of the settings.
+        run: folder of the run; TensorBoard's files go into ``tensorboard/`` there, the others have their own settings
+            in the environment (``WANDB_PROJECT``, ``MLFLOW_TRACKING_URI``, …).
+
+    Raises:
+        ConfigError: its package is not installed.
+    """
+    tracker = choice
+    if choice is Tracker.AUTO:
+        tracker = Tracker.TENSORBOARD if find_spec("tensorboard") else Tracker.NONE
+    if tracker is Tracker.NONE:
+        return []
+    if find_spec(tracker.value) is None:
+        package = _INSTALL.get(tracker, tracker.value)
+        raise ConfigError(f"tracker={tracker} needs the package {tracker}; run: pip install '{package}'")
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    (kind,) = get_reporting_integration_callbacks([tracker.value])
+    callback = kind()
+    if tracker is Tracker.TENSORBOARD:
+        callback.logging_dir = str(run / "tensorboard")
+    return [callback]
 
 
 def rounds_since_best(scores: Sequence[float]) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from terselm.models import ALIASES
-from terselm.train.report.text import summary
+from terselm.train.report.measures import summary
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -159,7 +159,7 @@ def _license(base: str) -> str | None:
     if not card.is_file():
         return None
     try:
-        found = ModelCard.load(card).data.get("license")
+        licence = ModelCard.load(card).data.get("license")
     except ValueError:  # a card without readable metadata
         return None
-    return str(found) if found else None
+    return str(licence) if licence else None

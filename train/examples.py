@@ -1,46 +1,30 @@
-"""From records to token sequences with a mask that says which tokens the loss counts."""
+"""From records to token sequences with a mask that says which tokens the loss counts.
+
+A record becomes text, the text becomes tokens, and those become one example, or several where it is longer than a row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from terselm.data.logprobs import ScoredText
 from terselm.data.records import Record
 from terselm.errors import ConfigError
-from terselm.train.choices import LossOn, Overlong, Template
-from terselm.train.guidance import Guide, Target, guide
-from terselm.train.templates import RenderedRecord, render
+from terselm.train.settings import LossOn, Overlong, Template
+
+SEPARATOR = "\n\n"  # what the compressor puts between the parts of a prompt
+
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n### Response:"
+)
+NO_WORD = -1
 
 _CUT_SHORT = ("length", "loop")  # finish reasons after which the target would have gone on
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoding:
-    """How records become examples.
-
-    Attributes:
-        tokenizer: a fast tokenizer.
-        start_id: the token that every example starts with; it is never counted.
-        end_id: the token after a finished response; None where responses are not closed.
-        max_length: tokens, the start token included.
-        target: whose opinion on the text is learnt from besides the text itself, if any.
-        top_k: how many of its likeliest tokens are learnt from.
-    """
-
-    tokenizer: Any
-    start_id: int
-    end_id: int | None
-    template: Template
-    loss_on: LossOn
-    max_length: int
-    overlong: Overlong
-    target: Target | None = None
-    top_k: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +47,106 @@ class Example:
         return len(self.ids)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Guide:
+    """The target's opinion on one example of ``n`` tokens.
+
+    Attributes:
+        words: ``(n,)`` int32, the word that each token belongs to, counted from 0 in this example; `NO_WORD` where the
+            target gives none, or where the word is not wholly in the example.
+        nats: ``(words,)`` float32, the target's surprisal of each word.
+        top_ids: ``(n, K)`` int32, the tokens that the target finds likeliest in each token's place, −1 where unknown;
+            None where only words are compared.
+        top_logprobs: ``(n, K)`` float32 nats, −inf where unknown.
+    """
+
+    words: NDArray[np.int32]
+    nats: NDArray[np.float32]
+    top_ids: NDArray[np.int32] | None = None
+    top_logprobs: NDArray[np.float32] | None = None
+
+    def piece(self, part: slice) -> Guide:
+        """The opinion on some of the tokens; words that lose a token are left out."""
+        words = self.words[part]
+        whole = np.bincount(words[words >= 0], minlength=len(self.nats)) == np.bincount(
+            self.words[self.words >= 0], minlength=len(self.nats)
+        )
+        kept = np.flatnonzero(whole & (np.bincount(words[words >= 0], minlength=len(self.nats)) > 0))
+        number = np.full(len(self.nats) + 1, NO_WORD, dtype=np.int32)  # the last stands for NO_WORD
+        number[kept] = np.arange(len(kept))
+        return Guide(
+            words=number[words],
+            nats=self.nats[kept],
+            top_ids=None if self.top_ids is None else self.top_ids[part],
+            top_logprobs=None if self.top_logprobs is None else self.top_logprobs[part],
+        )
+
+    def after_start(self) -> Guide:
+        """The same after one more token, on which there is no opinion."""
+        return Guide(
+            words=np.insert(self.words, 0, NO_WORD),
+            nats=self.nats,
+            top_ids=None if self.top_ids is None else np.insert(self.top_ids, 0, -1, axis=0),
+            top_logprobs=None if self.top_logprobs is None else np.insert(self.top_logprobs, 0, -np.inf, axis=0),
+        )
+
+
+@dataclass(frozen=True)
+class RenderedRecord:
+    """Everything before the response, and the response."""
+
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSpans:
+    """A text's tokens, and where in it they stand.
+
+    Attributes:
+        ids: ``(n,)`` int64.
+        spans: ``(n, 2)`` int64 start and end of each token in characters; −1 at tokens without text. Empty where nobody
+            asks for them.
+    """
+
+    ids: NDArray[np.int64]
+    spans: NDArray[np.int64]
+
+
+class GuidanceSource(Protocol):
+    """Whoever knows what the target thinks of texts; see `guidance.TargetOpinions`."""
+
+    def guides(
+        self, ids: Sequence[str], rendered: Sequence[RenderedRecord], tokens: Sequence[TokenSpans]
+    ) -> Iterator[Guide]:
+        """One for each record: its id, its text, and its tokens under the small LM."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How records become examples.
+
+    Attributes:
+        tokenizer: a fast tokenizer.
+        start_id: the token that every example starts with; it is never counted.
+        end_id: the token after a finished response; None where responses are not closed.
+        max_length: tokens, the start token included.
+        guidance: whose opinion on the text is learnt from besides the text itself, if any.
+        top_k: how many of its likeliest tokens are learnt from.
+    """
+
+    tokenizer: Any
+    start_id: int
+    end_id: int | None
+    template: Template
+    loss_on: LossOn
+    max_length: int
+    overlong: Overlong
+    guidance: GuidanceSource | None = None
+    top_k: int = 0
+
+
 @dataclass(frozen=True)
 class EncodedRecords:
     """Examples, how many records did not fit whole, and how many the target has no opinion on."""
@@ -75,36 +159,23 @@ class EncodedRecords:
     unguided: int = 0
 
 
-def encode(records: Sequence[Record], encoding: Encoding) -> EncodedRecords:
-    """Tokenise records.
+def encode_records(records: Sequence[Record], encoding: Encoding, first: int = 0) -> EncodedRecords:
+    """Tokenise records; there may be no example.
 
     Prompt and response are tokenised apart, as the compressor does with the parts of a prompt: no token belongs to
     both, so the mask is exact. Text that looks like a special token is ordinary text.
 
-    Raises:
-        ConfigError: nothing is left to count.
+    Args:
+        records: some of a set.
+        encoding: how.
+        first: index of the first of them in the set.
     """
-    encoded = encode_some(records, encoding)
-    if not encoded.examples:
-        raise nothing_left(len(records), encoding)
-    return encoded
-
-
-def nothing_left(records: int, encoding: Encoding) -> ConfigError:
-    return ConfigError(
-        f"none of {records} records has a token to count in rows of {encoding.max_length} tokens; raise "
-        "data.max_length or set data.overlong=split"
-    )
-
-
-def encode_some(records: Sequence[Record], encoding: Encoding, first: int = 0) -> EncodedRecords:
-    """As `encode`, but there may be no examples; ``first`` is the index of the first record."""
     examples: list[Example] = []
     split = dropped = unguided = 0
-    for index, whole in enumerate(_sequences(records, encoding), start=first):
+    for index, whole in enumerate(_whole_records(records, encoding), start=first):
         unguided += whole.guide is not None and not len(whole.guide.nats)
-        if len(whole.ids) < encoding.max_length:
-            examples.append(_example(whole, index, encoding))
+        if len(whole) < encoding.max_length:
+            examples.append(_after_start(whole, index, encoding))
         elif encoding.overlong is Overlong.DROP:
             dropped += 1
         else:
@@ -120,82 +191,82 @@ def encode_some(records: Sequence[Record], encoding: Encoding, first: int = 0) -
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Sequence:
-    """A whole record without its start token."""
+def nothing_to_count(records: int, encoding: Encoding) -> ConfigError:
+    """What to raise where records have left no example."""
+    return ConfigError(
+        f"none of {records} records has a token to count in rows of {encoding.max_length} tokens; raise "
+        "data.max_length or set data.overlong=split"
+    )
 
-    ids: NDArray[np.int64]
-    counted: NDArray[np.bool_]
-    guide: Guide | None
+
+def render_record(record: Record, template: Template) -> RenderedRecord:
+    """The text of a record; the prompt holds whatever stands between it and the response.
+
+    Source: the Alpaca template is ``prompt_no_input`` of github.com/tatsu-lab/stanford_alpaca.
+    """
+    prompt = SEPARATOR.join(message.content for message in record.messages)
+    match template:
+        case Template.RAW:
+            return RenderedRecord(prompt + SEPARATOR, record.response)
+        case Template.ALPACA:
+            return RenderedRecord(_ALPACA.format(instruction=prompt), record.response)
 
 
-def _sequences(records: Sequence[Record], encoding: Encoding) -> Iterator[_Sequence]:
-    rendered = [render(record, encoding.template) for record in records]
+def _whole_records(records: Sequence[Record], encoding: Encoding) -> Iterator[Example]:
+    """Each record as one example of any length, still without its start token."""
+    rendered = [render_record(record, encoding.template) for record in records]
     prompts = _tokenise(encoding, [text.prompt for text in rendered])
     responses = _tokenise(encoding, [text.response for text in rendered])
-    guides = _guides(records, rendered, encoding)
-    for record, text, prompt, response, opinion in zip(records, rendered, prompts, responses, guides, strict=True):
+    tokens, masks = [], []
+    for record, text, prompt, response in zip(records, rendered, prompts, responses, strict=True):
         end = [] if encoding.end_id is None or _is_cut_short(record) else [encoding.end_id]
-        ids = np.asarray([*prompt.ids, *response.ids, *end], dtype=np.int64)
+        ids = np.concatenate([prompt.ids, response.ids, np.asarray(end, dtype=np.int64)])
+        nowhere = np.full((len(end) if encoding.guidance is not None else 0, 2), -1, dtype=np.int64)
+        tokens.append(TokenSpans(ids, np.concatenate([prompt.spans, response.spans + len(text.prompt), nowhere])))
         counted = np.ones(len(ids), dtype=np.bool_)
         if encoding.loss_on is LossOn.RESPONSE:
             counted[: len(prompt.ids)] = False
-        if encoding.target is None:
-            yield _Sequence(ids, counted, None)
-            continue
-        nowhere = np.full((len(end), 2), -1, dtype=np.int64)
-        spans = np.concatenate([prompt.spans, response.spans + len(text.prompt), nowhere])
-        yield _Sequence(ids, counted, guide(text, ids, spans, opinion, encoding.top_k))
+        masks.append(counted)
+    guides: Sequence[Guide | None] = [None] * len(records)
+    if encoding.guidance is not None:
+        guides = list(encoding.guidance.guides([record.id for record in records], rendered, tokens))
+    for index, (whole, counted, guide) in enumerate(zip(tokens, masks, guides, strict=True)):
+        yield Example(whole.ids, counted, index, guide)
 
 
-def _guides(
-    records: Sequence[Record], rendered: Sequence[RenderedRecord], encoding: Encoding
-) -> Iterable[ScoredText | None]:
-    if encoding.target is None:
-        return [None] * len(records)
-    return encoding.target.opinions([record.id for record in records], rendered)
-
-
-@dataclass(frozen=True, eq=False)
-class _Tokens:
-    ids: list[int]
-    spans: NDArray[np.int64]
-    """``(n, 2)`` characters; empty where nobody asks for them."""
-
-
-def _tokenise(encoding: Encoding, texts: list[str]) -> Iterator[_Tokens]:
+def _tokenise(encoding: Encoding, texts: list[str]) -> Iterator[TokenSpans]:
     if not texts:
         return
-    where = encoding.target is not None
+    with_spans = encoding.guidance is not None
     encoded = encoding.tokenizer(
         texts,
         add_special_tokens=False,
         split_special_tokens=True,
         return_attention_mask=False,
-        return_offsets_mapping=where,
+        return_offsets_mapping=with_spans,
         verbose=False,
     )
     for index, ids in enumerate(encoded["input_ids"]):
-        spans = encoded["offset_mapping"][index] if where else []
-        yield _Tokens(ids, np.asarray(spans, dtype=np.int64).reshape(-1, 2))
+        spans = encoded["offset_mapping"][index] if with_spans else []
+        yield TokenSpans(np.asarray(ids, dtype=np.int64), np.asarray(spans, dtype=np.int64).reshape(-1, 2))
 
 
 def _is_cut_short(record: Record) -> bool:
     return record.generation is not None and record.generation.finish_reason in _CUT_SHORT
 
 
-def _pieces(whole: _Sequence, record: int, encoding: Encoding) -> Iterator[Example]:
+def _pieces(whole: Example, record: int, encoding: Encoding) -> Iterator[Example]:
     """Consecutive pieces, each after a start token, as the compressor reads what is longer than the window."""
     size = encoding.max_length - 1
-    for start in range(0, len(whole.ids), size):
+    for start in range(0, len(whole), size):
         part = slice(start, start + size)
-        opinion = None if whole.guide is None else whole.guide.piece(part)
-        piece = _Sequence(whole.ids[part], whole.counted[part], opinion)
-        if piece.counted.any() or (opinion is not None and len(opinion.nats)):
-            yield _example(piece, record, encoding)
+        guide = None if whole.guide is None else whole.guide.piece(part)
+        piece = Example(whole.ids[part], whole.counted[part], record, guide)
+        if piece.counted.any() or (guide is not None and len(guide.nats)):
+            yield _after_start(piece, record, encoding)
 
 
-def _example(found: _Sequence, record: int, encoding: Encoding) -> Example:
-    opinion = None if found.guide is None else found.guide.after_start()
-    ids = np.insert(found.ids, 0, encoding.start_id)
-    return Example(ids, np.insert(found.counted, 0, False), record, opinion)
+def _after_start(example: Example, record: int, encoding: Encoding) -> Example:
+    guide = None if example.guide is None else example.guide.after_start()
+    ids = np.insert(example.ids, 0, encoding.start_id)
+    return Example(ids, np.insert(example.counted, 0, False), record, guide)

@@ -1,4 +1,4 @@
-"""How many rows fit into memory at once, found by trying; and what a pass of them costs."""
+"""What a pass costs, found by trying: how many rows fit into memory at once, and how long a whole run would take."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from terselm.errors import TrainingError
-
-if TYPE_CHECKING:
-    from terselm.train.trainer import AlignmentTrainer
-
+from terselm.progress import duration
+from terselm.train.trainer import AlignmentTrainer
 
 _LOOKED_AT = 64  # rows among which the fullest is sought: nearly all of them are full
+_OVERHEAD = 1.05  # of the optimiser, the logs and the checkpoints, over the passes alone
+_FORWARD = 1 / 3  # of a pass that trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,42 @@ class PassCost:
     rows: int
     seconds: float
     peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRunEstimate:
+    """Steps, time and memory of a run.
+
+    Attributes:
+        steps: of the optimiser.
+        passes: of a process in each step.
+        cost: of a pass.
+        scored_rows: that one process scores of held-out text, in all scorings together.
+        device: type of device.
+    """
+
+    steps: int
+    passes: int
+    cost: PassCost
+    scored_rows: float
+    device: str
+
+    @property
+    def scoring_seconds(self) -> float:
+        return self.scored_rows * self.cost.seconds / self.cost.rows * _FORWARD
+
+    @property
+    def seconds(self) -> float:
+        return self.steps * self.passes * self.cost.seconds * _OVERHEAD + self.scoring_seconds
+
+    def __str__(self) -> str:
+        memory = "GPU memory of a process" if self.device == "cuda" else "memory of a process"
+        return (
+            f"steps {self.steps:,} of {self.passes} pass(es) of {self.cost.rows} row(s)\n"
+            f"time about {duration(self.seconds)} ({self.cost.seconds:.2f} s a pass, "
+            f"{duration(self.scoring_seconds)} of it for scoring held-out text)\n"
+            f"peak {memory} about {self.cost.peak_bytes / 2**30:.2f} GiB"
+        )
 
 
 def find_fitting(trainer: AlignmentTrainer, *, asked: int, share: int, repeat: bool = False) -> PassCost:
@@ -96,8 +132,8 @@ def _try(trainer: AlignmentTrainer, rows: int) -> PassCost | None:
 def _pass(trainer: AlignmentTrainer, rows: int) -> PassCost:
     model: Any = trainer.model
     schedule: Any = trainer.train_dataset
-    some = (schedule[index] for index in range(min(len(schedule), _LOOKED_AT)))
-    fullest = max(some, key=lambda row: sum(map(len, row)))
+    first = (schedule[index] for index in range(min(len(schedule), _LOOKED_AT)))
+    fullest = max(first, key=lambda row: sum(map(len, row)))
     batch = trainer._prepare_inputs(trainer.data_collator([fullest] * rows))
     on_gpu = trainer.accelerator.device.type == "cuda"
     if on_gpu:

@@ -1,4 +1,4 @@
-"""Put examples into rows of equal capacity, so that hardly a token is padding."""
+"""From examples to rows of equal capacity, of which hardly a token is padding, and to what the model reads of them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from terselm.train.examples import Example
 
 _FULL = 0.99  # of a row
-IGNORED = -100  # label of a position whose next token is not counted
+MODEL_INPUTS = ("input_ids", "position_ids", "at", "wanted", "cu_seqlens")
 
 Row = Sequence[Example]
 
 
-def pack(examples: Sequence[Example], capacity: int) -> list[list[Example]]:
+def pack_examples(examples: Sequence[Example], capacity: int) -> list[list[Example]]:
     """The examples of each row, as `pack_lengths` puts them."""
     return [[examples[place] for place in row] for row in pack_lengths(list(map(len, examples)), capacity)]
 
@@ -89,6 +89,70 @@ def fill_in_pairs(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
+def collate(
+    rows: Sequence[Row],
+    read: Sequence[NDArray[np.bool_]] | None = None,
+    *,
+    pad_id: int = 0,
+    shape: tuple[int, int] | None = None,
+) -> dict[str, Tensor]:
+    """One batch of packed rows, and the tokens whose surprisal is asked for.
+
+    Positions restart at 0 with each example and with the padding, which is how transformers tells that they must not
+    attend to each other.
+
+    Args:
+        rows: what is packed.
+        read: by example, in the order of the rows: ``(n,)`` which of its tokens are asked for, never the first; by
+            default those that are counted.
+        pad_id: token id of the padding.
+        shape: ``(B, T)`` to fill up to, for code that is compiled for one shape; by default just enough.
+
+    Returns:
+        ``input_ids``, ``position_ids``: ``(B, T)`` int64. ``cu_seqlens``: as `cu_seqlens` makes it. ``at``: ``(n,)``
+        int64, the place before each token that is asked for, in the flattened rows. ``wanted``: ``(n,)`` int64, those
+        tokens.
+    """
+    examples = [example for row in rows for example in row]
+    masks = iter([example.counted for example in examples] if read is None else read)
+    lengths = [sum(len(example) for example in row) for row in rows]
+    height, width = shape or (len(rows), max(lengths))
+    ids = np.full((height, width), pad_id, dtype=np.int64)
+    positions = np.zeros((height, width), dtype=np.int64)
+    at, wanted = [], []
+    for index, row in enumerate(rows):
+        start = 0
+        for example in row:
+            end = start + len(example)
+            ids[index, start:end] = example.ids
+            positions[index, start:end] = np.arange(len(example))
+            mask = next(masks)
+            at.append(np.flatnonzero(mask) + index * width + start - 1)
+            wanted.append(example.ids[mask])
+            start = end
+    for index, length in enumerate(lengths + [0] * (height - len(rows))):
+        positions[index, length:] = np.arange(width - length)
+    batch = {name: torch.from_numpy(array) for name, array in (("input_ids", ids), ("position_ids", positions))}
+    batch["cu_seqlens"] = cu_seqlens(batch["position_ids"])
+    return batch | {"at": torch.from_numpy(np.concatenate(at)), "wanted": torch.from_numpy(np.concatenate(wanted))}
+
+
+def cu_seqlens(position_ids: Tensor) -> Tensor:
+    """Where each example of the flattened ``(B, T)`` positions starts, then B · T, as `varlen_attention` takes it.
+
+    Filled up with empty examples to a power of two, so that code is compiled for few lengths.
+
+    Returns:
+        ``(E + 1,)`` int32.
+    """
+    flat = position_ids.flatten().numpy()
+    starts = np.flatnonzero(flat == 0)
+    size = 1 << max(6, len(starts).bit_length())
+    borders = np.full(size + 1, len(flat), dtype=np.int32)
+    borders[: len(starts)] = starts
+    return torch.from_numpy(borders)
+
+
 def _next_lengths(left: NDArray[np.int64], room: int, *, first: bool) -> list[int]:
     """One length or two that fill the room, else the longest that fits; none if none does."""
     there = np.flatnonzero(left[: room + 1])
@@ -103,54 +167,3 @@ def _next_lengths(left: NDArray[np.int64], room: int, *, first: bool) -> list[in
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-
-
-def collate(rows: Sequence[Row], pad_id: int, shape: tuple[int, int] | None = None) -> dict[str, Tensor]:
-    """One batch of packed rows.
-
-    Positions restart at 0 with each example and with the padding, which is how transformers tells that they must not
-    attend to each other.
-
-    Args:
-        rows: what is packed.
-        pad_id: token id of the padding.
-        shape: ``(B, T)`` to fill up to, for code that is compiled for one shape; by default just enough.
-
-    Returns:
-        ``input_ids``, ``position_ids``, ``labels``: ``(B, T)`` int64; the label of a position is the token after it in
-        its example if that is counted, else `IGNORED`. ``tokens``: ``(B,)`` int64, those that are not padding.
-    """
-    lengths = [sum(len(example) for example in row) for row in rows]
-    height, width = shape or (len(rows), max(lengths))
-    lengths += [0] * (height - len(rows))
-    ids = np.full((height, width), pad_id, dtype=np.int64)
-    positions = np.zeros((height, width), dtype=np.int64)
-    labels = np.full((height, width), IGNORED, dtype=np.int64)
-    for index, row in enumerate(rows):
-        start = 0
-        for example in row:
-            end = start + len(example)
-            ids[index, start:end] = example.ids
-            positions[index, start:end] = np.arange(len(example))
-            labels[index, start : end - 1] = np.where(example.counted[1:], example.ids[1:], IGNORED)
-            start = end
-    for index, length in enumerate(lengths):
-        positions[index, length:] = np.arange(width - length)
-    batch = {"input_ids": ids, "position_ids": positions, "labels": labels, "tokens": np.asarray(lengths)}
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
-
-
-def cu_seqlens(position_ids: Tensor) -> Tensor:
-    """Where each example of the flattened ``(B, T)`` positions starts, then B · T, as `varlen_attention` takes it.
-
-    Filled up with empty examples to a power of two, so that code is compiled for few lengths.
-
-    Returns:
-        ``(E + 1,)`` int32.
-    """
-    flat = position_ids.flatten().numpy()
-    starts = np.flatnonzero(flat == 0)
-    size = 1 << max(6, len(starts).bit_length())
-    found = np.full(size + 1, len(flat), dtype=np.int32)
-    found[: len(starts)] = starts
-    return torch.from_numpy(found)

@@ -1,14 +1,22 @@
-"""Hashes and commits: what a result was made from."""
+"""What a result was made from: hashes of files and weights, the commit, versions, hardware."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from terselm.errors import CheckpointError
+from terselm.train.hardware import cpu_capabilities
+
+_PACKAGES = ("terselm", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
 
 
 def file_sha256(path: Path) -> str:
@@ -44,6 +52,21 @@ def weights_sha256(model: torch.nn.Module, dtype: torch.dtype | None = None) -> 
     return digest.hexdigest()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise CheckpointError(f"{path} is missing or is not JSON") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return value
+
+
 def git_commit() -> str | None:
     """Commit of this source tree, with ``-dirty`` where files were changed; None outside a repository."""
     source = Path(__file__).resolve()  # an editable install links to it
@@ -57,6 +80,29 @@ def base_revision(model: Any) -> str | None:
     """The hub's commit that a model was loaded from; None for a local one."""
     commit = getattr(model.config, "_commit_hash", None)
     return str(commit) if commit else None
+
+
+def describe_hardware() -> dict[str, Any]:
+    """The processor, its cores and the GPUs."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "cpu": cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """Of Python and the packages that decide the result."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree
+            continue
+    return versions
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -1,35 +1,48 @@
-"""Turn a finished run into a checkpoint that stands by itself."""
+"""Turn a finished run into a checkpoint that stands by itself: a folder, or one commit and one tag on the hub."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from terselm.errors import CheckpointError
+from terselm.errors import CheckpointError, ConfigError
+from terselm.extras import first_line
 from terselm.files import atomic_folder, remove_partials
 from terselm.models import CausalLM, load_causal_lm
 from terselm.train.card import model_card
-from terselm.train.choices import Precision
-from terselm.train.hardware import describe_hardware, describe_versions
-from terselm.train.hub import HubPlace, check_access, upload
-from terselm.train.progress import quieten_libraries
-from terselm.train.provenance import base_revision, combined_sha256, folder_sha256, git_commit, weights_sha256
-from terselm.train.reload import probe, write_references
+from terselm.train.hardware import quieten_libraries
+from terselm.train.provenance import (
+    base_revision,
+    combined_sha256,
+    describe_hardware,
+    describe_versions,
+    folder_sha256,
+    git_commit,
+    read_json,
+    weights_sha256,
+)
 from terselm.train.report.report import PAGE, REPORT, read_report
 from terselm.train.run_folder import MODEL, finished_result
-from terselm.train.verify import KEPT_REFERENCE, PROVENANCE, TOLERANCE, check_logits, read_json
+from terselm.train.settings import Precision
+from terselm.train.verify import KEPT_REFERENCE, PROVENANCE, TOLERANCE, check_logits, probe, write_references
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+HUB_PREFIX = "hub:"
 _SHARD = "5GB"  # of a weights file, at most
+_KEPT = (".gitattributes",)  # the hub's own file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +81,35 @@ class Form:
     @property
     def torch_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.dtype is Precision.BFLOAT16 and not self.adapter_only else torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubPlace:
+    """Where on the hub.
+
+    Attributes:
+        repo: ``organisation/name``.
+        tag: of the commit; None takes one from the adapter's digest.
+        private: whether a new repository can be seen by its owners alone.
+
+    Raises:
+        ConfigError: the name is not of that form.
+    """
+
+    repo: str
+    tag: str | None = None
+    private: bool = True
+
+    def __post_init__(self) -> None:
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils._validators import validate_repo_id
+
+        try:
+            validate_repo_id(self.repo)
+        except HFValidationError:
+            raise ConfigError(f"{self.repo!r} is no name on the hub; expected hub:ORGANISATION/NAME") from None
+        if "/" not in self.repo:
+            raise ConfigError(f"{self.repo!r} names no owner; expected hub:ORGANISATION/NAME")
 
 
 def publish(run: Path, to: Path, form: Form | None = None) -> PublishedCheckpoint:
@@ -127,6 +169,52 @@ def publish_to_hub(run: Path, place: HubPlace, form: Form | None = None) -> str:
         return upload(folder, place, default_tag=f"run-{digest[:12]}")
 
 
+def check_access(place: HubPlace) -> None:
+    """Find out before the work begins whether the hub can be reached with this token.
+
+    Raises:
+        ConfigError: there is no token.
+        CheckpointError: the hub does not answer, or refuses the token.
+    """
+    api = _api()
+    with _clear_hub_errors(f"cannot publish to {place.repo}"):
+        api.whoami()
+
+
+def upload(folder: Path, place: HubPlace, *, default_tag: str) -> str:
+    """Make the repository hold exactly what the folder holds, in one commit with a tag; the commit's address.
+
+    All files are sent before the commit is made, so a fault on the way changes nothing that anybody can see; an empty
+    new repository may be left.
+
+    Raises:
+        CheckpointError: the hub is out of reach, refuses, or has the tag already.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    api, tag = _api(), place.tag or default_tag
+    with _clear_hub_errors(f"{place.repo} was left as it was"):
+        api.create_repo(place.repo, private=place.private, exist_ok=True)
+        if any(known.name == tag for known in api.list_repo_refs(place.repo).tags):
+            raise CheckpointError(
+                f"{place.repo} has a tag {tag} already: this was published before; choose another --tag"
+            )
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        names = [path.relative_to(folder).as_posix() for path in files]
+        old = [name for name in api.list_repo_files(place.repo) if name not in (*names, *_KEPT)]
+        commit = api.create_commit(
+            place.repo,
+            [
+                *(CommitOperationAdd(name, str(path)) for name, path in zip(names, files, strict=True)),
+                *(CommitOperationDelete(name) for name in old),
+            ],
+            commit_message=f"Publish {tag} with TerseLM",
+        )
+    with _clear_hub_errors(f"{place.repo} holds the files in commit {commit.oid}, but without the tag {tag}"):
+        api.create_tag(place.repo, tag=tag, revision=commit.oid)
+    return str(commit.commit_url)
+
+
 def _load_base(trained: Path, metrics: dict[str, Any]) -> tuple[CausalLM, dict[str, Any]]:
     """The base in float32, and where it is from.
 
@@ -136,14 +224,13 @@ def _load_base(trained: Path, metrics: dict[str, Any]) -> tuple[CausalLM, dict[s
     adapter = trained / "adapter_config.json"
     name = str(read_json(adapter)["base_model_name_or_path"] if adapter.is_file() else metrics["model"])
     base = load_causal_lm(name, device="cpu", dtype="float32")
-    trained_on = metrics.get("base")
-    if trained_on is not None and "weights_sha256" in trained_on:
-        found = weights_sha256(base.model, getattr(torch, trained_on["dtype"]))
-        if found != trained_on["weights_sha256"]:
-            raise CheckpointError(
-                f"{trained} was trained on another base: {name!r} has other weights now; publish with the "
-                "weights it was trained on, or run the alignment again"
-            )
+    trained_on = metrics.get("base") or {}
+    digest = trained_on.get("weights_sha256")
+    if digest is not None and weights_sha256(base.model, getattr(torch, trained_on["dtype"])) != digest:
+        raise CheckpointError(
+            f"{trained} was trained on another base: {name!r} has other weights now; publish with the weights it was "
+            "trained on, or run the alignment again"
+        )
     origin = {"name": name, "revision": base_revision(base.model), "weights_sha256": weights_sha256(base.model)}
     return base, origin
 
@@ -172,7 +259,7 @@ def _only_writer(to: Path) -> Iterator[None]:
     except KeyError as missing:
         raise CheckpointError(f"the run's metrics.json lacks {missing}; run the alignment again") from None
     except OSError as error:
-        raise CheckpointError(f"cannot publish to {to}: {error.strerror or error}; nothing is left there") from None
+        raise CheckpointError(f"cannot publish to {to}: {first_line(error)}; nothing is left there") from None
 
 
 def _write_weights(base: CausalLM, trained: Path, form: Form, folder: Path, reference: Path) -> None:
@@ -199,8 +286,7 @@ def _trained_model(base: CausalLM, trained: Path) -> Any:
     try:
         return PeftModel.from_pretrained(base.model, trained, use_safetensors=True).eval()
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        problem = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"adapter {trained} does not fit its base {base.name!r}: {problem}") from None
+        raise CheckpointError(f"adapter {trained} does not fit its base {base.name!r}: {first_line(error)}") from None
 
 
 def _provenance(
@@ -224,3 +310,35 @@ def _provenance(
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     }
+
+
+def _api() -> HfApi:
+    from huggingface_hub import HfApi, constants, get_token
+
+    if get_token() is None:
+        raise ConfigError("publishing to the hub needs a token that may write; set HF_TOKEN")
+    return HfApi(endpoint=constants.ENDPOINT, library_name="terselm")
+
+
+@contextmanager
+def _clear_hub_errors(consequence: str) -> Iterator[None]:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = f"the hub answered {status}"
+        if status in (401, 403):
+            reason = f"the hub refused the token ({status}): it must be valid and may write there"
+        raise CheckpointError(f"{reason}; {consequence}") from None
+    except (*_transport_errors(), OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the hub at {constants.ENDPOINT} cannot be reached ({first_line(error)}); {consequence}"
+        ) from None
+
+
+def _transport_errors() -> list[type[Exception]]:
+    """Of the library that the hub's client speaks HTTP with: httpx until its version 1, httpx2 since 2."""
+    return [sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules]

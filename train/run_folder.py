@@ -8,10 +8,14 @@ noted there.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +23,11 @@ from typing import Any
 from terselm.errors import CheckpointError, ConfigError
 from terselm.files import atomic_file, atomic_folder, flush_folder, remove_partials
 from terselm.train.provenance import folder_sha256
-from terselm.train.saving import clear_disk_errors
 
 _WHOLE = "whole.json"  # written into a checkpoint once every process has finished its part
 _FITTING = "rows_per_pass.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TRIAL_BYTES = 1 << 20
 ADAPTER = "adapter"
 MODEL = "model"
 
@@ -171,6 +176,26 @@ def run_key(config_yaml: str, data_sha256: str) -> str:
     return hashlib.sha256(f"{config_yaml}\n{data_sha256}".encode()).hexdigest()
 
 
+@contextmanager
+def clear_disk_errors(folder: Path, consequence: str) -> Iterator[None]:
+    """Turn the errors of a disk that is full or not writable into a `CheckpointError`; others pass.
+
+    Args:
+        folder: what is written to.
+        consequence: what is lost and what is not.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        raise _explain(folder, error, consequence) from None
+    except (RuntimeError, SafetensorError) as error:  # torch.save and safetensors do not say why
+        if (reason := _trial(folder)) is None:
+            raise
+        raise _explain(folder, reason, consequence) from error
+
+
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
@@ -185,3 +210,22 @@ def _read_key(path: Path) -> str:
         return str(json.loads(path.read_text(encoding="utf-8"))["run_key"])
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path} is missing or damaged; remove its folder and run again") from None
+
+
+def _trial(folder: Path) -> OSError | None:
+    """What goes wrong when something is written there now."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(bytes(_TRIAL_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
+
+
+def _explain(folder: Path, error: OSError, consequence: str) -> CheckpointError:
+    reason = (error.strerror or str(error)).lower()
+    remedy = "free some space" if error.errno in _FULL else "make the folder writable"
+    return CheckpointError(f"cannot write to {folder}: {reason}; {consequence}; {remedy} and run the same command")

@@ -1,7 +1,8 @@
-"""Tokenised texts, kept by what they were made from: the first process that needs them makes them, all map them.
+"""Tokenised texts on disk, by what they were made from: the first process that needs them makes them, all map them.
 
-A folder of the cache holds ``training/`` and ``held_out/`` (columns of examples), ``held_out.jsonl`` (their records)
-and ``about.json``. It may be removed at any time between runs; what no run has used for a month is.
+A folder of the cache holds ``training/`` and ``held_out/`` (columns of examples, so that a set may be larger than
+memory), ``held_out.jsonl`` (their records) and ``about.json``. It may be removed at any time between runs; what no run
+has used for a month is.
 """
 
 from __future__ import annotations
@@ -11,27 +12,51 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from terselm.data.formats import Format, Reader, record_to_object
 from terselm.data.jsonl import dump_object, read_objects
 from terselm.data.records import Record, is_held_out, prompt_hash, read_records
 from terselm.files import atomic_folder, remove_partials
 from terselm.models import cache_folder
-from terselm.train.choices import LossOn
-from terselm.train.examples import EncodedRecords, Encoding, encode_some
-from terselm.train.guidance import Target
-from terselm.train.saving import clear_disk_errors
-from terselm.train.sources import Source
-from terselm.train.store import ExampleStore, ExampleWriter
+from terselm.train.examples import EncodedRecords, Encoding, Example, GuidanceSource, Guide, encode_records
+from terselm.train.run_folder import clear_disk_errors
+from terselm.train.settings import LossOn
 
 _FORM = 1  # of the files; another number makes all of them anew
 _AT_ONCE = 1000  # records
 _KEPT_SECONDS = 30 * 24 * 3600
+_COUNTS = ("split", "dropped", "tokens", "counted_tokens")  # of `EncodedRecords`
+
+_ABOUT = "columns.json"
+_TOKENS = {"ids": "<i4", "counted": "?"}
+_EXAMPLES = {"length": "<i4", "record": "<i8"}
+_OPINIONS = {"words": "<i4", "nats": "<f4", "nat_count": "<i4"}
+_LIKELIEST = {"top_ids": "<i4", "top_logprobs": "<f4"}
+_KINDS = {**_TOKENS, **_EXAMPLES, **_OPINIONS, **_LIKELIEST}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordSource:
+    """One file, folder or hub id.
+
+    Attributes:
+        name: as the user wrote it.
+        times: how often an epoch sees each of its records; of a fraction, as many are drawn.
+        fingerprint: changes with its content.
+    """
+
+    name: str
+    times: float
+    fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +67,17 @@ class TextRequest:
         sources: of the records; how often they are seen decides nothing here.
         held_out: expected share of the prompts.
         seed: of the split.
-        encoding: of the training text, without a target.
+        encoding: of the training text, without guidance.
         target: what the target is, so that another one makes other texts; empty without one.
-        make_target: loads it; only called where the texts have to be made.
+        make_guidance: loads it; only called where the texts have to be made.
     """
 
-    sources: list[Source]
+    sources: Sequence[RecordSource]
     held_out: float
     seed: int
     encoding: Encoding
     target: str = ""
-    make_target: Callable[[], Target | None] = field(default=lambda: None)
+    make_guidance: Callable[[], GuidanceSource | None] = field(default=lambda: None)
 
     @property
     def key(self) -> str:
@@ -96,7 +121,7 @@ def tokenised(request: TextRequest) -> TokenisedTexts:
     """From the cache, or made now; of several processes one makes it, while the others wait.
 
     Raises:
-        ConfigError: a source cannot be had.
+        ConfigError: a source cannot be read.
         DataFormatError: a bad row.
         CheckpointError: the cache cannot be written.
     """
@@ -118,21 +143,21 @@ def tokenised(request: TextRequest) -> TokenisedTexts:
 
 def _write(request: TextRequest, folder: Path) -> None:
     held_out: list[Record] = []
-    encoding = replace(request.encoding, target=request.make_target())
-    counts = {"records": 0, "split": 0, "dropped": 0, "tokens": 0, "counted_tokens": 0, "unguided": 0}
+    encoding = replace(request.encoding, guidance=request.make_guidance())
+    counts = dict.fromkeys(("records", *_COUNTS, "unguided"), 0)
     targets: set[str] = set()
     sizes = []
     (folder / "training").mkdir()
-    with ExampleWriter(folder / "training", guided=encoding.target is not None, top_k=encoding.top_k) as writer:
+    with ExampleWriter(folder / "training", guided=encoding.guidance is not None, top_k=encoding.top_k) as writer:
         for source in request.sources:
             examples = 0
-            for some in _chunks(_training_records(source, request, held_out)):
-                encoded = encode_some(some, encoding, first=counts["records"])
+            for records in _chunks(_training_records(source, request, held_out)):
+                encoded = encode_records(records, encoding, first=counts["records"])
                 writer.append(encoded.examples)
                 examples += len(encoded.examples)
-                counts["records"] += len(some)
-                targets.update(record.generation.model for record in some if record.generation is not None)
-                for name in ("split", "dropped", "tokens", "counted_tokens", "unguided"):
+                counts["records"] += len(records)
+                targets.update(record.generation.model for record in records if record.generation is not None)
+                for name in (*_COUNTS, "unguided"):
                     counts[name] += getattr(encoded, name)
             sizes.append(examples)
     about = {**counts, "targets": sorted(targets), "sizes": sizes}
@@ -140,7 +165,7 @@ def _write(request: TextRequest, folder: Path) -> None:
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
 
-def _training_records(source: Source, request: TextRequest, held_out: list[Record]) -> Iterator[Record]:
+def _training_records(source: RecordSource, request: TextRequest, held_out: list[Record]) -> Iterator[Record]:
     """Those that are not held out; the others are appended to ``held_out``."""
     for record in read_records(source.name):
         if is_held_out(prompt_hash(record.messages), request.held_out, request.seed):
@@ -151,21 +176,20 @@ def _training_records(source: Source, request: TextRequest, held_out: list[Recor
 
 def _write_held_out(request: TextRequest, records: list[Record], folder: Path) -> dict[str, int]:
     encoding = replace(request.encoding, end_id=None, loss_on=LossOn.RESPONSE)
-    encoded = encode_some(records, encoding)
+    encoded = encode_records(records, encoding)
     (folder / "held_out").mkdir()
     with ExampleWriter(folder / "held_out", guided=False, top_k=0) as writer:
         writer.append(encoded.examples)
     lines = (dump_object(record_to_object(record)) + "\n" for record in records)
     with (folder / "held_out.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(lines)
-    names = ("split", "dropped", "tokens", "counted_tokens")
-    return {name: getattr(encoded, name) for name in names}
+    return {name: getattr(encoded, name) for name in _COUNTS}
 
 
 def _read(folder: Path) -> TokenisedTexts:
     about: dict[str, Any] = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     store = ExampleStore(folder / "training")
-    counts = {name: about[name] for name in ("split", "dropped", "tokens", "counted_tokens", "unguided")}
+    counts = {name: about[name] for name in (*_COUNTS, "unguided")}
     reader = Reader(Format.RECORDS)
     return TokenisedTexts(
         records=about["records"],
@@ -186,5 +210,128 @@ def _remove_unused(kept: Path) -> None:
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
-    while some := list(islice(records, _AT_ONCE)):
-        yield some
+    while chunk := list(islice(records, _AT_ONCE)):
+        yield chunk
+
+
+class ExampleWriter:
+    """Appends examples to the columns of a folder; a context that closes the files.
+
+    Args:
+        folder: an empty folder.
+        guided: whether the examples hold the target's opinion.
+        top_k: how many likeliest tokens that opinion names.
+    """
+
+    def __init__(self, folder: Path, *, guided: bool, top_k: int) -> None:
+        self._folder = folder
+        self._top_k = top_k
+        names = [*_TOKENS, *_EXAMPLES, *(_OPINIONS if guided else ()), *(_LIKELIEST if guided and top_k else ())]
+        self._names = names
+        self._stack = ExitStack()
+        self._files: dict[str, BinaryIO] = {}
+
+    def __enter__(self) -> ExampleWriter:
+        for name in self._names:
+            self._files[name] = self._stack.enter_context((self._folder / name).open("wb"))
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._stack.close()
+        about = {"columns": self._names, "top_k": self._top_k}
+        (self._folder / _ABOUT).write_text(json.dumps(about), encoding="utf-8")
+
+    def append(self, examples: Iterable[Example]) -> None:
+        for example in examples:
+            columns = {
+                "ids": example.ids,
+                "counted": example.counted,
+                "length": np.asarray([len(example)]),
+                "record": np.asarray([example.record]),
+            }
+            if (guide := example.guide) is not None:
+                columns |= {"words": guide.words, "nats": guide.nats, "nat_count": np.asarray([len(guide.nats)])}
+                if guide.top_ids is not None and guide.top_logprobs is not None:
+                    columns |= {"top_ids": guide.top_ids, "top_logprobs": guide.top_logprobs}
+            for name in self._names:
+                self._files[name].write(np.ascontiguousarray(columns[name], dtype=_KINDS[name]).tobytes())
+
+
+class ExampleStore(Sequence[Example]):
+    """What an `ExampleWriter` wrote.
+
+    Attributes:
+        lengths: ``(examples,)`` int64, tokens.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        self._columns = {name: _mapped(folder / name) for name in about["columns"]}
+        for name in _LIKELIEST.keys() & self._columns.keys():
+            self._columns[name] = self._columns[name].reshape(-1, about["top_k"])
+        self.lengths: NDArray[np.int64] = self._columns["length"].astype(np.int64)
+        self._starts = _starts(self.lengths)
+        if "nats" in self._columns:
+            self._nat_starts = _starts(self._columns["nat_count"])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def counted(self) -> NDArray[np.int64]:
+        """``(examples,)``: counted tokens of each."""
+        if not len(self):
+            return np.zeros(0, dtype=np.int64)
+        return np.add.reduceat(self._columns["counted"], self._starts[:-1], dtype=np.int64)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        tokens = slice(self._starts[index], self._starts[index + 1])
+        return Example(
+            ids=self._columns["ids"][tokens].astype(np.int64),
+            counted=np.array(self._columns["counted"][tokens]),
+            record=int(self._columns["record"][index]),
+            guide=self._guide(index, tokens) if "nats" in self._columns else None,
+        )
+
+    def _guide(self, index: int, tokens: slice) -> Guide:
+        part = {name: np.array(self._columns[name][tokens]) for name in _LIKELIEST if name in self._columns}
+        nats = self._columns["nats"][self._nat_starts[index] : self._nat_starts[index + 1]]
+        return Guide(words=np.array(self._columns["words"][tokens]), nats=np.array(nats), **part)
+
+
+class StoredRow(Sequence[Example]):
+    """A packed row that reads its examples when it is asked for them."""
+
+    def __init__(self, store: ExampleStore, places: Sequence[int]) -> None:
+        self._store = store
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self._store[place] for place in self._places[index]]
+        return self._store[self._places[index]]
+
+
+def _mapped(path: Path) -> NDArray[np.generic]:
+    kind = np.dtype(_KINDS[path.name])
+    if not path.stat().st_size:  # nothing can be mapped
+        return np.zeros(0, dtype=kind)
+    return np.memmap(path, dtype=kind, mode="r")
+
+
+def _starts(lengths: NDArray[np.generic]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])

@@ -1,24 +1,28 @@
-"""The text of a run: what is trained on, what is held out."""
+"""The text of a run: where its records come from, what is trained on, what is held out."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from terselm.data.records import refuse_empty_side
-from terselm.errors import ConfigError
-from terselm.models import CausalLM, load_causal_lm
-from terselm.train.config import AlignConfig
-from terselm.train.evaluation import HeldOutText
-from terselm.train.examples import EncodedRecords, Encoding, nothing_left
-from terselm.train.guidance import Target
+from terselm.data.sources.rows import HUB
+from terselm.errors import ConfigError, DataFormatError
+from terselm.extras import first_line
+from terselm.models import ALIASES, CausalLM, load_causal_lm, resolve
+from terselm.train.examples import EncodedRecords, Encoding, GuidanceSource, nothing_to_count
+from terselm.train.held_out import HeldOutText
 from terselm.train.packing import Row, pack_lengths
-from terselm.train.provenance import file_sha256
-from terselm.train.sources import Source, draw, model_fingerprint, read_sources
-from terselm.train.store import StoredRow
-from terselm.train.text_cache import TextRequest, tokenised
+from terselm.train.provenance import file_sha256, folder_sha256
+from terselm.train.settings import AlignSettings, DataSettings, ObjectiveSettings
+from terselm.train.text_cache import RecordSource, StoredRow, TextRequest, tokenised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,73 +62,72 @@ class Texts:
         }
 
 
-def read_texts(config: AlignConfig, lm: CausalLM, sources: list[Source] | None = None) -> Texts:
+def prepare_texts(settings: AlignSettings, lm: CausalLM, sources: list[RecordSource] | None = None) -> Texts:
     """Read, split, tokenise and pack; what has been tokenised before is taken from the cache.
 
     Args:
-        config: of the run.
+        settings: of the run.
         lm: the small LM, for its tokenizer and its window.
         sources: of the records, if they are known already.
 
     Raises:
         ConfigError: rows longer than the model's window, a side of the split without a token to count, or a source
-            that cannot be had.
+            that cannot be read.
         DataFormatError: a bad line.
     """
-    row_length, seed = config.data.max_length, config.seed
+    row_length, seed = settings.data.max_length, settings.seed
     if row_length > lm.window:
         raise ConfigError(f"data.max_length is {row_length}; {lm.name!r} reads at most {lm.window} tokens at once")
-    sources = sources or read_sources(config.data)
-    request = _request(config, lm, sources)
-    found = tokenised(request)
-    refuse_empty_side(found.records, len(found.held_out_records), config.evaluation.held_out, seed)
-    places = draw(found.sizes, sources, seed)
-    for records, encoded in ((found.records, places), (len(found.held_out_records), found.held_out.examples)):
+    sources = sources or read_sources(settings.data)
+    request = _request(settings, lm, sources)
+    cached = tokenised(request)
+    refuse_empty_side(cached.records, len(cached.held_out_records), settings.evaluation.held_out, seed)
+    places = examples_of_epoch(cached.sizes, sources, seed)
+    for records, encoded in ((cached.records, places), (len(cached.held_out_records), cached.held_out.examples)):
         if not len(encoded):
-            raise nothing_left(records, request.encoding)
-    if found.training.unguided == found.records:
+            raise nothing_to_count(records, request.encoding)
+    if cached.training.unguided == cached.records:
         raise ConfigError(
-            f"{config.objective.log_probabilities} has an opinion on none of the {found.records} training records; it "
-            "has to be made from the same records, with the same template"
+            f"{settings.objective.log_probabilities} holds no text of the {cached.records} training records; make it "
+            "from the same records, with the same template"
         )
-    lengths = found.store.lengths[places]
+    lengths = cached.store.lengths[places]
     rows = pack_lengths(lengths.tolist(), row_length)
     return Texts(
-        records=found.records,
-        targets=found.targets,
-        training=found.training,
-        rows=[StoredRow(found.store, places[row].tolist()) for row in rows],
+        records=cached.records,
+        targets=cached.targets,
+        training=cached.training,
+        rows=[StoredRow(cached.store, places[row].tolist()) for row in rows],
         row_length=row_length,
         tokens=int(lengths.sum()),
-        counted_tokens=int(found.store.counted[places].sum()),
-        held_out=HeldOutText.of(found.held_out_records, found.held_out),
+        counted_tokens=int(cached.store.counted[places].sum()),
+        held_out=HeldOutText.of(cached.held_out_records, cached.held_out),
     )
 
 
-def _request(config: AlignConfig, lm: CausalLM, sources: list[Source]) -> TextRequest:
+def _request(settings: AlignSettings, lm: CausalLM, sources: list[RecordSource]) -> TextRequest:
     encoding = Encoding(
         tokenizer=lm.tokenizer,
         start_id=lm.start_id,
         end_id=lm.tokenizer.eos_token_id,
-        template=config.template,
-        loss_on=config.loss_on,
-        max_length=config.data.max_length,
-        overlong=config.data.overlong,
-        top_k=config.objective.top_k if config.objective.divergence else 0,
+        template=settings.template,
+        loss_on=settings.loss_on,
+        max_length=settings.data.max_length,
+        overlong=settings.data.overlong,
+        top_k=settings.objective.top_k if settings.objective.divergence else 0,
     )
     return TextRequest(
         sources=sources,
-        held_out=config.evaluation.held_out,
-        seed=config.seed,
+        held_out=settings.evaluation.held_out,
+        seed=settings.seed,
         encoding=encoding,
-        target=_describe_target(config, lm),
-        make_target=lambda: _load_target(config, lm),
+        target=_describe_target(settings.objective, lm),
+        make_guidance=lambda: _load_guidance(settings.objective, lm),
     )
 
 
-def _describe_target(config: AlignConfig, lm: CausalLM) -> str:
+def _describe_target(settings: ObjectiveSettings, lm: CausalLM) -> str:
     """Changes with the target's opinion; empty if nobody asks for it."""
-    settings = config.objective
     if not settings.compares:
         return ""
     if settings.target:
@@ -133,17 +136,100 @@ def _describe_target(config: AlignConfig, lm: CausalLM) -> str:
         return file_sha256(Path(settings.log_probabilities))
     except OSError as error:
         raise ConfigError(
-            f"objective.log_probabilities: {settings.log_probabilities} cannot be read: {error.strerror}"
+            f"objective.log_probabilities: {settings.log_probabilities} cannot be read: {first_line(error)}"
         ) from None
 
 
-def _load_target(config: AlignConfig, lm: CausalLM) -> Target | None:
-    """Whose opinion the objective needs; a model leaves memory when the texts have been read."""
-    settings = config.objective
+def _load_guidance(settings: ObjectiveSettings, lm: CausalLM) -> GuidanceSource | None:
+    """What the objective needs of the target; a model leaves memory when the texts have been read."""
     if not settings.compares:
         return None
+    from terselm.train.guidance import TargetOpinions  # here: most runs compare with no target
+
     source: CausalLM | Path = Path(settings.log_probabilities)
     if settings.target:
         dtype = str(lm.model.dtype).removeprefix("torch.")
         source = load_causal_lm(settings.target, device=str(lm.model.device), dtype=dtype)
-    return Target(source, settings.top_k if settings.divergence else 0, lm.tokenizer)
+    return TargetOpinions(source, settings.top_k if settings.divergence else 0, lm.tokenizer)
+
+
+def read_sources(settings: DataSettings) -> list[RecordSource]:
+    """All sources of a run's records, in the order in which they are read.
+
+    Raises:
+        ConfigError: the hub cannot be asked what a data set holds.
+        DataFormatError: a file cannot be read.
+    """
+    mixture = settings.mixture or {settings.records: 1.0}
+    return [RecordSource(name=name, times=times, fingerprint=_content(name)) for name, times in mixture.items()]
+
+
+def combined_fingerprint(sources: list[RecordSource]) -> str:
+    """One fingerprint of all: that of the only source, if there is but one."""
+    if len(sources) == 1:
+        return sources[0].fingerprint
+    return hashlib.sha256(json.dumps([source.fingerprint for source in sources]).encode()).hexdigest()
+
+
+def model_fingerprint(name: str) -> str:
+    """Changes with a model's weights, without loading them where that can be avoided."""
+    if name in ALIASES:
+        return f"{name} {ALIASES[name].sha256}"
+    place = resolve(name)
+    if isinstance(place, Path):
+        return _path_fingerprint(place)
+    from huggingface_hub import model_info
+
+    try:
+        return f"{name} {model_info(name).sha}"
+    except Exception as error:  # of whichever HTTP library the hub's client is built on
+        raise ConfigError(f"the hub does not say which revision {name!r} is of: {first_line(error)}") from None
+
+
+def examples_of_epoch(sizes: list[int], sources: list[RecordSource], seed: int) -> NDArray[np.int64]:
+    """The examples of an epoch.
+
+    Args:
+        sizes: how many examples each source has; those of the first come first.
+        sources: of the same order.
+        seed: decides which examples a fraction means.
+
+    Returns:
+        ``(n,)`` int64 places, ascending within each time that a source is seen.
+    """
+    generator = np.random.default_rng(seed)
+    drawn, first = [], 0
+    for size, source in zip(sizes, sources, strict=True):
+        whole, fraction = divmod(source.times, 1)
+        places = np.arange(first, first + size)
+        drawn += [places] * int(whole)
+        if fraction:
+            drawn.append(np.sort(generator.permutation(places)[: round(fraction * size)]))
+        first += size
+    return np.concatenate(drawn).astype(np.int64)
+
+
+def _content(name: str) -> str:
+    path = Path(name)
+    if name.startswith(HUB):
+        return _revision(name)
+    try:
+        return _path_fingerprint(path)
+    except OSError as error:
+        raise DataFormatError(path, None, f"cannot be read: {first_line(error)}") from None
+
+
+def _path_fingerprint(path: Path) -> str:
+    return json.dumps(folder_sha256(path, leave_out="")) if path.is_dir() else file_sha256(path)
+
+
+def _revision(name: str) -> str:
+    from huggingface_hub import dataset_info
+
+    try:
+        return f"{name} {dataset_info(name.removeprefix(HUB).split('#')[0].split(':')[0]).sha}"
+    except Exception as error:  # of whichever HTTP library the hub's client is built on
+        raise ConfigError(
+            f"the hub does not say which revision {name!r} is of: {first_line(error)}; a file on this machine needs "
+            "no hub"
+        ) from None

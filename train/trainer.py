@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from terselm.errors import ConfigError
-from terselm.train.batches import MODEL_INPUTS, Collator, StepCounts
-from terselm.train.callbacks import MEASURE, BestWeights, FiniteWeights, WholeCheckpoints
-from terselm.train.config import AlignConfig
+from terselm.train.callbacks import (
+    MEASURE,
+    BestWeights,
+    FiniteWeights,
+    TrainingProgress,
+    WholeCheckpoints,
+    tracker_callbacks,
+)
+from terselm.train.hardware import flops_per_token, peak_flops
 from terselm.train.objectives import Mixture
-from terselm.train.packing import Row
-from terselm.train.progress import Progress
-from terselm.train.run_folder import RunFolder
-from terselm.train.saving import clear_disk_errors
-from terselm.train.speed import flops_per_token, peak_flops
-from terselm.train.trackers import tracker_callbacks
+from terselm.train.packing import MODEL_INPUTS, Row, collate
+from terselm.train.run_folder import RunFolder, clear_disk_errors
+from terselm.train.settings import AlignSettings
 
 
 class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
@@ -34,18 +39,18 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         arguments: TrainingArguments,
         schedule: Sequence[Row],
         folder: RunFolder,
-        config: AlignConfig,
+        settings: AlignSettings,
     ) -> None:
         self.control: Any  # transformers is untyped
-        self.progress = Progress()
-        self._objective = Mixture.of(config.objective)
-        self._counts = StepCounts.of(schedule, config.optimisation.rows_per_step, self._objective)
+        self.progress = TrainingProgress()
+        self._objective = Mixture.of(settings.objective)
+        self._counts = StepCounts.of(schedule, settings.optimisation.rows_per_step, self._objective)
         self.choose_by: Callable[[], float] | None = None  # bits per byte of the text that chooses the best weights
         self._folder = folder
         self._finite = FiniteWeights(self, folder)
         watchers = [self.progress, WholeCheckpoints(self, folder)]
-        if config.evaluation.every:
-            watchers.append(BestWeights(config.evaluation, config.save_every))
+        if settings.evaluation.every:
+            watchers.append(BestWeights(settings.evaluation, settings.save_every))
         super().__init__(
             model=model,
             args=arguments,
@@ -53,9 +58,9 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
             eval_dataset=[],  # it asks for one before `evaluate` is called; ours is scored by `choose_by`
             data_collator=Collator(
                 objective=self._objective,
-                width=config.data.max_length if arguments.device.type == "cuda" else None,  # one shape to compile for
+                width=settings.data.max_length if arguments.device.type == "cuda" else None,  # one shape to compile for
             ),
-            callbacks=[*watchers, self._finite, *tracker_callbacks(config.tracker, folder.path)],
+            callbacks=[*watchers, self._finite, *tracker_callbacks(settings.tracker, folder.path)],
         )
         peak = peak_flops(arguments.device)
         self._peak_flops = None if peak is None else peak * self.accelerator.num_processes
@@ -88,7 +93,7 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         return [float(units) for units in self._objective.units([example for row in rows for example in row])]
 
     def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
-        """Not counted: transformers would go through all parameters in each pass; see `speed.flops_per_token`."""
+        """Not counted: transformers would go through all parameters in each pass; see `hardware.flops_per_token`."""
         return 0
 
     def training_step(self, *arguments: Any, **named: Any) -> Tensor:
@@ -123,26 +128,26 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
             super()._save_checkpoint(model, trial)
 
 
-def schedule_rows(rows: Sequence[Row], config: AlignConfig) -> list[Row]:
+def schedule_rows(rows: Sequence[Row], settings: AlignSettings) -> list[Row]:
     """The rows of the whole run, in order: a new permutation each epoch, cut to whole steps.
 
     One list for all epochs, so that the steps are the same whatever the number of processes.
     """
-    settings = config.optimisation
-    steps = max(1, round(settings.epochs * len(rows) / settings.rows_per_step))
-    wanted = steps * settings.rows_per_step
-    generator = np.random.default_rng(config.seed)
+    optimisation = settings.optimisation
+    steps = max(1, round(optimisation.epochs * len(rows) / optimisation.rows_per_step))
+    total = steps * optimisation.rows_per_step
+    generator = np.random.default_rng(settings.seed)
     order: list[int] = []
-    while len(order) < wanted:
+    while len(order) < total:
         order.extend(generator.permutation(len(rows)).tolist())
-    return [rows[index] for index in order[:wanted]]
+    return [rows[index] for index in order[:total]]
 
 
-def training_arguments(config: AlignConfig, folder: RunFolder, *, rows: int, processes: int) -> TrainingArguments:
+def training_arguments(settings: AlignSettings, folder: RunFolder, *, rows: int, processes: int) -> TrainingArguments:
     """Our settings in the Trainer's words.
 
     Args:
-        config: of the run.
+        settings: of the run.
         folder: of the run.
         rows: in the whole schedule.
         processes: that share each step.
@@ -150,27 +155,27 @@ def training_arguments(config: AlignConfig, folder: RunFolder, *, rows: int, pro
     Raises:
         ConfigError: the rows of a step cannot be shared out evenly.
     """
-    settings = config.optimisation
-    at_once = processes * settings.rows_per_pass
-    if settings.rows_per_step % at_once:
+    optimisation = settings.optimisation
+    at_once = processes * optimisation.rows_per_pass
+    if optimisation.rows_per_step % at_once:
         raise ConfigError(
-            f"optimisation.rows_per_step={settings.rows_per_step} is not a multiple of {processes} process(es) × "
-            f"optimisation.rows_per_pass={settings.rows_per_pass}; change one of them"
+            f"optimisation.rows_per_step={optimisation.rows_per_step} is not a multiple of {processes} process(es) × "
+            f"optimisation.rows_per_pass={optimisation.rows_per_pass}; change one of them"
         )
-    steps = rows // settings.rows_per_step
-    every = config.evaluation.every
+    steps = rows // optimisation.rows_per_step
+    every = settings.evaluation.every
     arguments = TrainingArguments(
         output_dir=str(folder.checkpoints),
         run_name=folder.path.name,
         max_steps=steps,
-        per_device_train_batch_size=settings.rows_per_pass,
-        gradient_accumulation_steps=settings.rows_per_step // at_once,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule.value,
-        warmup_steps=round(settings.warmup * steps),
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        logging_steps=config.log_every,
+        per_device_train_batch_size=optimisation.rows_per_pass,
+        gradient_accumulation_steps=optimisation.rows_per_step // at_once,
+        learning_rate=optimisation.learning_rate,
+        lr_scheduler_type=optimisation.schedule.value,
+        warmup_steps=round(optimisation.warmup * steps),
+        weight_decay=optimisation.weight_decay,
+        max_grad_norm=optimisation.max_grad_norm,
+        logging_steps=settings.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would show the last finite loss in the place of NaN
         eval_strategy="steps" if every else "no",
@@ -178,16 +183,75 @@ def training_arguments(config: AlignConfig, folder: RunFolder, *, rows: int, pro
         load_best_model_at_end=bool(every),
         metric_for_best_model=MEASURE if every else None,
         greater_is_better=False,
-        save_steps=every or config.save_every,  # the Trainer saves where it evaluates; `BestWeights` adds save_every
+        save_steps=every or settings.save_every,  # the Trainer saves where it evaluates; `BestWeights` adds save_every
         save_total_limit=3,  # the last one may be torn, and the best is one of them
-        seed=config.seed,
+        seed=settings.seed,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         accelerator_config={"use_configured_state": True},  # see `join_processes`
-        report_to="none",  # see `trackers`
+        report_to="none",  # see `tracker_callbacks`
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else one process would spread over all GPUs with DataParallel
     return arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collator:
+    """Makes the batch of a pass.
+
+    Attributes:
+        objective: what it asks the model about each token.
+        width: tokens that each row is filled up to; None for as many as the longest has.
+    """
+
+    objective: Mixture
+    width: int | None = None
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """One batch.
+
+        Returns:
+            what `collate` gives of the tokens that the objective reads, where ``wanted`` may be ``(n, 1 + K)`` with the
+            target's likeliest tokens besides; and what the objective needs.
+        """
+        examples = [example for row in rows for example in row]
+        read = [self.objective.reads(example) for example in examples]
+        batch = collate(rows, read, shape=None if self.width is None else (len(rows), self.width))
+        arrays = self.objective.inputs(examples, read)
+        inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        if (likeliest := inputs.pop("top_ids", None)) is not None:
+            batch["wanted"] = torch.cat([batch["wanted"][:, None], likeliest], dim=1)
+        return batch | inputs
+
+
+@dataclass(frozen=True, eq=False)
+class StepCounts:
+    """What each optimiser step holds over all processes, known before any of it is read.
+
+    Attributes:
+        tokens: ``(steps,)`` int64, those that are not padding.
+        units: ``(steps, objectives)`` float64, the divisors of the losses.
+    """
+
+    tokens: NDArray[np.int64]
+    units: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, schedule: Sequence[Row], rows_per_step: int, objective: Mixture) -> StepCounts:
+        """Count; a row that comes again in a later epoch is counted once."""
+        known: dict[int, tuple[int, NDArray[np.float64]]] = {}
+        tokens, units = [], []
+        for row in schedule:
+            if id(row) not in known:
+                known[id(row)] = (sum(len(example) for example in row), objective.units(row))
+            of_row = known[id(row)]
+            tokens.append(of_row[0])
+            units.append(of_row[1])
+        steps = len(schedule) // rows_per_step
+        return cls(
+            np.asarray(tokens, dtype=np.int64)[: steps * rows_per_step].reshape(steps, -1).sum(axis=1),
+            np.stack(units)[: steps * rows_per_step].reshape(steps, rows_per_step, -1).sum(axis=1),
+        )

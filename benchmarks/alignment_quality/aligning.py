@@ -16,25 +16,24 @@ from alignment_quality.texts import HeldOut
 from numpy.typing import NDArray
 
 from terselm.models import CausalLM, load_causal_lm
-from terselm.train.batches import MODEL_INPUTS, Collator
-from terselm.train.choices import LossOn
-from terselm.train.config import (
-    AlignConfig,
+from terselm.train.examples import Example
+from terselm.train.hardware import apply_engine
+from terselm.train.model import add_adapter
+from terselm.train.objectives import Mixture
+from terselm.train.objectives.words import by_word
+from terselm.train.packing import pack_examples
+from terselm.train.run_folder import RunFolder
+from terselm.train.settings import (
+    AlignSettings,
     DataSettings,
     EngineSettings,
     LoraSettings,
+    LossOn,
     ObjectiveSettings,
     OptimisationSettings,
 )
-from terselm.train.examples import Example
-from terselm.train.lora import add_adapter
-from terselm.train.objectives import Mixture
-from terselm.train.objectives.words import by_word
-from terselm.train.packing import pack
-from terselm.train.run_folder import RunFolder
-from terselm.train.scoring import score_instead_of_logits
-from terselm.train.speed import tune
-from terselm.train.trainer import AlignmentTrainer, schedule_rows, training_arguments
+from terselm.train.surprisals import give_surprisals
+from terselm.train.trainer import MODEL_INPUTS, AlignmentTrainer, Collator, schedule_rows, training_arguments
 
 Floats = NDArray[np.float64]
 
@@ -83,9 +82,9 @@ def align(
     lm = open_small(name, "float32" if variant.all_weights else "auto")
     if variant.loss_on is LossOn.ALL:
         text = [replace(example, counted=np.arange(len(example)) > 0) for example in text]
-    rows = pack(text, budget.row_length)
+    rows = pack_examples(text, budget.row_length)
     steps = max(1, budget.tokens // (budget.rows_per_step * budget.row_length))
-    config = AlignConfig(
+    config = AlignSettings(
         data=DataSettings(max_length=budget.row_length),
         objective=variant.objective,
         lora=LoraSettings(rank=variant.rank, alpha=2 * variant.rank),
@@ -103,7 +102,7 @@ def align(
     set_seed(seed)
     model = lm.model.train() if variant.all_weights else add_adapter(lm.model, config.lora)
     torch.compiler.reset()  # what was compiled for the variant before counts against a limit
-    tune(lm.model, config.engine)
+    apply_engine(lm.model, config.engine)
     with tempfile.TemporaryDirectory() as scratch:
         folder = RunFolder(Path(scratch), "benchmark")
         schedule = schedule_rows(rows, config)
@@ -127,7 +126,7 @@ def open_small(name: str, dtype: str = "auto") -> CausalLM:
     lm = load_causal_lm(
         name, device=str(device), dtype=("bfloat16" if half else "float32") if dtype == "auto" else dtype
     )
-    score_instead_of_logits(lm.model, autocast=torch.bfloat16 if half else None)
+    give_surprisals(lm.model, autocast=torch.bfloat16 if half else None)
     return lm
 
 

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from terselm.data.records import Record, read_records
 from terselm.models import CausalLM
-from terselm.train.choices import LossOn, Overlong, Template
-from terselm.train.config import ObjectiveSettings
-from terselm.train.examples import Encoding, Example, encode
-from terselm.train.guidance import Target
-from terselm.train.report.metrics import LEAST_WORDS
+from terselm.train.examples import Encoding, Example, encode_records
+from terselm.train.guidance import TargetOpinions
+from terselm.train.report.measures import LEAST_WORDS
+from terselm.train.settings import LossOn, ObjectiveSettings, Overlong, Template
 
 
 class Kind(StrEnum):
@@ -119,11 +118,13 @@ def gather(sources: Sources, texts: int, small: CausalLM, target: CausalLM, leng
             loss_on=LossOn.RESPONSE,
             max_length=length,
             overlong=overlong,
-            target=Target(target, top_k, small.tokenizer),
+            guidance=TargetOpinions(target, top_k, small.tokenizer),
             top_k=top_k,
         )
 
-    encoded = {kind: list(encode(records, encoding(Overlong.SPLIT)).examples) for kind, records in training.items()}
+    encoded = {
+        kind: list(encode_records(records, encoding(Overlong.SPLIT)).examples) for kind, records in training.items()
+    }
     encoded[Kind.GPT4] = [one for one in encoded[Kind.GIVEN] if given[one.record].id.startswith("gpt4")]
     return Texts(
         one_vocabulary=one_vocabulary,
@@ -137,7 +138,7 @@ def _some(records: list[Record], sources: Sources) -> list[Record]:
 
 
 def _held_out(records: Sequence[Record], encoding: Encoding) -> HeldOut:
-    found = encode(records, encoding).examples
+    found = encode_records(records, encoding).examples
     kept = [one for one in found if one.guide is not None and len(one.guide.nats) >= LEAST_WORDS]
     return HeldOut(
         examples=kept,

@@ -18,8 +18,7 @@ from terselm.evaluate.figures import Figuring
 from terselm.evaluate.report import as_json, markdown, plain
 from terselm.evaluate.runner import JOURNAL
 from terselm.evaluate.suites import load_suite
-from terselm.train.hardware import describe_hardware
-from terselm.train.provenance import git_commit
+from terselm.train.provenance import describe_hardware, git_commit
 
 
 def report(

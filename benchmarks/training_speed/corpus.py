@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from terselm.data.records import read_records
-from terselm.train.choices import LossOn, Overlong, Template
-from terselm.train.examples import Encoding, Example, encode
+from terselm.train.examples import Encoding, Example, encode_records
+from terselm.train.settings import LossOn, Overlong, Template
 
 
 def examples(records: Path, tokenizer: Any, *, row_length: int, vocabulary: int) -> list[Example]:
@@ -23,7 +23,7 @@ def examples(records: Path, tokenizer: Any, *, row_length: int, vocabulary: int)
         max_length=row_length,
         overlong=Overlong.SPLIT,
     )
-    encoded = encode(list(read_records(records)), encoding)
+    encoded = encode_records(list(read_records(records)), encoding)
     return [replace(example, ids=example.ids % vocabulary) for example in encoded.examples]
 
 

@@ -19,12 +19,12 @@ from accelerate import PartialState
 from training_speed.corpus import examples, wait_for_turn
 from training_speed.shapes import SHAPES, build
 
-from terselm.train.config import AlignConfig, DataSettings, EngineSettings, LoraSettings, OptimisationSettings
-from terselm.train.lora import add_adapter
-from terselm.train.packing import pack
+from terselm.train.hardware import apply_engine
+from terselm.train.model import add_adapter
+from terselm.train.packing import pack_examples
 from terselm.train.run_folder import RunFolder
-from terselm.train.scoring import score_instead_of_logits
-from terselm.train.speed import tune
+from terselm.train.settings import AlignSettings, DataSettings, EngineSettings, LoraSettings, OptimisationSettings
+from terselm.train.surprisals import give_surprisals
 from terselm.train.trainer import AlignmentTrainer, schedule_rows, training_arguments
 
 SETTINGS = ("rows", "length", "compile", "recompute")
@@ -57,11 +57,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         row_length=options.length,
         vocabulary=SHAPES[options.shape]["vocab_size"],
     )
-    rows = pack(found, options.length)
+    rows = pack_examples(found, options.length)
     wait_for_turn()
     device = PartialState().device
     lm = build(options.shape, device)
-    config = AlignConfig(
+    config = AlignSettings(
         data=DataSettings(max_length=options.length),
         lora=LoraSettings(rank=16, alpha=32),
         optimisation=OptimisationSettings(
@@ -74,9 +74,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         log_every=5,
         save_every=10**9,
     )
-    score_instead_of_logits(lm, autocast=torch.bfloat16 if device.type == "cuda" else None)
+    give_surprisals(lm, autocast=torch.bfloat16 if device.type == "cuda" else None)
     model = add_adapter(lm, config.lora)
-    tune(lm, config.engine)
+    apply_engine(lm, config.engine)
     folder = RunFolder(Path(tempfile.mkdtemp()), "speed")
     schedule = schedule_rows(rows, config)
     trainer = AlignmentTrainer(

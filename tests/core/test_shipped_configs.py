@@ -17,9 +17,9 @@ CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*"
 
 
 def align(path: Path) -> Any:
-    from terselm.train.config import AlignConfig
+    from terselm.train.settings import AlignSettings
 
-    return load_config(AlignConfig, path)
+    return load_config(AlignSettings, path)
 
 
 def accelerate(path: Path) -> Any:

@@ -8,23 +8,22 @@ import pytest
 
 from terselm.config import dump_config, load_config
 from terselm.errors import ConfigError
-from terselm.train.choices import LossOn, Template
-from terselm.train.config import AlignConfig
+from terselm.train.settings import AlignSettings, LossOn, Template
 
 
 def test_an_unknown_key_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"optimisation\.learning_rat.*did you mean optimisation\.learning_rate\?"):
-        load_config(AlignConfig, None, ["optimisation.learning_rat=1e-4"])
+        load_config(AlignSettings, None, ["optimisation.learning_rat=1e-4"])
 
 
 def test_an_unknown_mode_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="response, all"):
-        load_config(AlignConfig, None, ["loss_on=prompt"])
+        load_config(AlignSettings, None, ["loss_on=prompt"])
 
 
 def test_everything_wrong_is_said_at_once() -> None:
     with pytest.raises(ConfigError, match=r"lora\.rank is 0.*lora\.dropout is 1\.5"):
-        load_config(AlignConfig, None, ["lora.rank=0", "lora.dropout=1.5"])
+        load_config(AlignSettings, None, ["lora.rank=0", "lora.dropout=1.5"])
 
 
 @pytest.mark.parametrize(
@@ -45,12 +44,12 @@ def test_everything_wrong_is_said_at_once() -> None:
 )
 def test_values_out_of_range_are_refused(override: str) -> None:
     with pytest.raises(ConfigError, match=override.split("=")[0]):
-        load_config(AlignConfig, None, [override])
+        load_config(AlignSettings, None, [override])
 
 
 def test_the_resolved_config_reads_back(tmp_path: Path) -> None:
-    config = load_config(AlignConfig, None, ["template=alpaca", "loss_on=all", "optimisation.epochs=0.3"])
+    config = load_config(AlignSettings, None, ["template=alpaca", "loss_on=all", "optimisation.epochs=0.3"])
     assert (config.template, config.loss_on) == (Template.ALPACA, LossOn.ALL)
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
-    assert load_config(AlignConfig, path) == config
+    assert load_config(AlignSettings, path) == config

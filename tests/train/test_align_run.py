@@ -19,10 +19,10 @@ from tiny_training import ROOT, Script, surprisals
 from terselm.config import load_config
 from terselm.models import load_causal_lm
 from terselm.train.align import main
-from terselm.train.config import AlignConfig
 from terselm.train.packing import collate
-from terselm.train.scoring import score_instead_of_logits
-from terselm.train.texts import read_texts
+from terselm.train.settings import AlignSettings
+from terselm.train.surprisals import give_surprisals
+from terselm.train.texts import prepare_texts
 from terselm.train.trainer import schedule_rows
 
 MakeScript = Callable[[Path], Script]
@@ -62,18 +62,18 @@ def test_the_tokens_seen_are_the_real_ones(finished: Script) -> None:
 
 def test_the_first_loss_is_the_mean_over_the_tokens_of_the_step(finished: Script) -> None:
     """An adapter begins as nothing, so the first step's loss is the base model's, over all four passes together."""
-    config = load_config(AlignConfig, finished.config)
+    config = load_config(AlignSettings, finished.config)
     lm = load_causal_lm(config.model, device="cpu")
-    rows = schedule_rows(read_texts(config, lm).rows, config)[: config.optimisation.rows_per_step]
-    score_instead_of_logits(lm.model, autocast=None)
+    rows = schedule_rows(prepare_texts(config, lm).rows, config)[: config.optimisation.rows_per_step]
+    give_surprisals(lm.model, autocast=None)
     with torch.inference_mode():
         expected = torch.cat([surprisals(lm.model, collate([row], pad_id=0)) for row in rows]).mean().item()
     assert finished.metrics()["loss_history"][0]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_every_epoch_sees_every_row_once(finished: Script) -> None:
-    config = load_config(AlignConfig, finished.config)
-    rows = read_texts(config, load_causal_lm(config.model, device="cpu")).rows
+    config = load_config(AlignSettings, finished.config)
+    rows = prepare_texts(config, load_causal_lm(config.model, device="cpu")).rows
     schedule = schedule_rows(rows, config)
     assert len(schedule) % config.optimisation.rows_per_step == 0
     for start in range(0, len(schedule), len(rows)):

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import example, make_model, surprisals
+from tiny_training import IGNORED, example, labels, make_model, surprisals
 from torch import Tensor
 
 from terselm.train.attention import PACKED_ATTENTION, packed_attention
-from terselm.train.packing import IGNORED, collate
-from terselm.train.scoring import score_instead_of_logits
+from terselm.train.packing import collate
+from terselm.train.surprisals import give_surprisals
 
 
 def masked(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scaling: float, window: int | None) -> Tensor:
@@ -75,10 +75,10 @@ def test_a_model_scores_packed_rows_as_its_own_attention_does_alone(make: Any) -
         for one in itertools.chain(*rows):
             batch = collate([[one]], pad_id=0)
             logits = lm(input_ids=batch["input_ids"], use_cache=False).logits
-            labels = batch["labels"]
-            kept = labels != IGNORED
-            alone.append(torch.nn.functional.cross_entropy(logits[kept], labels[kept], reduction="none"))
-        score_instead_of_logits(lm, autocast=None)
+            tokens = labels(batch)
+            kept = tokens != IGNORED
+            alone.append(torch.nn.functional.cross_entropy(logits[kept], tokens[kept], reduction="none"))
+        give_surprisals(lm, autocast=None)
         assert lm.config._attn_implementation == PACKED_ATTENTION
         packed = surprisals(lm, collate(rows, pad_id=0))
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-4, rtol=1e-5)

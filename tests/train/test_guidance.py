@@ -14,10 +14,9 @@ from terselm.data.logprobs import About, Given, ScoredText, write_logprobs
 from terselm.data.records import Message, Record, Role
 from terselm.errors import ConfigError
 from terselm.models import load_causal_lm
-from terselm.train.choices import LossOn, Overlong, Template
-from terselm.train.examples import Encoding, encode
-from terselm.train.guidance import NO_WORD, Guide, Target, guide
-from terselm.train.templates import RenderedRecord
+from terselm.train.examples import NO_WORD, Encoding, Guide, RenderedRecord, TokenSpans, encode_records
+from terselm.train.guidance import TargetOpinions, guide
+from terselm.train.settings import LossOn, Overlong, Template
 
 TEXT = st.text(st.sampled_from("ab é日\n .,"), max_size=30)
 
@@ -42,7 +41,7 @@ def test_words_and_nats_are_those_of_a_count_by_hand(
     if len(logprobs):
         logprobs[0] = np.nan
     opinion = ScoredText(id="a", text=said, starts=theirs[:, 0], ends=theirs[:, 1], logprobs=logprobs)
-    found = guide(record, np.zeros(len(spans), dtype=np.int64), spans, opinion, top_k=0)
+    found = guide(record, TokenSpans(np.zeros(len(spans), dtype=np.int64), spans), opinion, top_k=0)
     shift = len(text) - len(said)
     ours = [span if span[0] >= shift else None for span in spans[:-1].tolist()]
     by_hand = words_by_hand(text, ours, theirs + shift, logprobs)
@@ -87,7 +86,7 @@ def record(name: str, prompt: str, response: str) -> Record:
 RECORDS = [record("a", "count the red list", "one two three"), record("b", "sort of blue", "and green is")]
 
 
-def encoding(tokenizer: Any, target: Target, top_k: int = 0) -> Encoding:
+def encoding(tokenizer: Any, target: TargetOpinions, top_k: int = 0) -> Encoding:
     return Encoding(
         tokenizer=tokenizer,
         start_id=0,
@@ -96,7 +95,7 @@ def encoding(tokenizer: Any, target: Target, top_k: int = 0) -> Encoding:
         loss_on=LossOn.ALL,
         max_length=200,
         overlong=Overlong.SPLIT,
-        target=target,
+        guidance=target,
         top_k=top_k,
     )
 
@@ -104,7 +103,7 @@ def encoding(tokenizer: Any, target: Target, top_k: int = 0) -> Encoding:
 def test_a_model_as_its_own_target_agrees_with_itself(tiny_model: Path) -> None:
     """Word by word and token by token, but where prompt and response are tokenised apart."""
     lm = load_causal_lm(tiny_model, device="cpu")
-    encoded = encode(RECORDS, encoding(lm.tokenizer, Target(lm, 5, lm.tokenizer), top_k=5))
+    encoded = encode_records(RECORDS, encoding(lm.tokenizer, TargetOpinions(lm, 5, lm.tokenizer), top_k=5))
     assert encoded.unguided == 0
     for example in encoded.examples:
         assert example.guide is not None
@@ -133,7 +132,7 @@ def test_stored_opinions_are_found_by_id_and_text(tokenizer: Any, tmp_path: Path
         ScoredText(id="b", text="another text", **spans_of_words("another text")),
     ]
     write_logprobs(path, texts, About(model="far", tokenizer="far", source="https://far"))
-    encoded = encode(RECORDS, encoding(tokenizer, Target(path, 0, tokenizer)))
+    encoded = encode_records(RECORDS, encoding(tokenizer, TargetOpinions(path, 0, tokenizer)))
     assert encoded.unguided == 1
     found = encoded.examples[0].guide
     assert found is not None
@@ -145,7 +144,7 @@ def test_an_opinion_given_the_prompt_covers_the_response(tokenizer: Any, tmp_pat
     response = RECORDS[0].response
     texts = [ScoredText(id="a", text=response, given=Given.PROMPT, **spans_of_words(response))]
     write_logprobs(path, texts, About(model="far", tokenizer="far", source="https://far"))
-    (example,) = encode(RECORDS[:1], encoding(tokenizer, Target(path, 0, tokenizer))).examples
+    (example,) = encode_records(RECORDS[:1], encoding(tokenizer, TargetOpinions(path, 0, tokenizer))).examples
     assert example.guide is not None
     assert example.guide.nats.tolist() == pytest.approx([1.0] * 3)
     first = int(np.flatnonzero(example.guide.words == 0)[0])
@@ -159,7 +158,7 @@ def test_divergence_needs_one_vocabulary(tiny_model: Path) -> None:
     lm = load_causal_lm(tiny_model, device="cpu")
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[])))
     with pytest.raises(ConfigError, match=r"different vocabularies; use objective\.matching"):
-        Target(lm, 5, other)
+        TargetOpinions(lm, 5, other)
 
 
 def spans_of_words(text: str) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from terselm.train.choices import Precision
-from terselm.train.hardware import describe_hardware, describe_versions, pick_precision
+from terselm.train.hardware import pick_precision
+from terselm.train.provenance import describe_hardware, describe_versions
+from terselm.train.settings import Precision
 
 THREADS = "import torch; from terselm.train.hardware import share_out_cores as f; f(); print(torch.get_num_threads())"
 

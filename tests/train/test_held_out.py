@@ -12,11 +12,11 @@ import torch
 from tiny_training import make_model, surprisals
 
 from terselm.data.records import Message, Record, Role
-from terselm.train.choices import LossOn, Overlong, Template
-from terselm.train.evaluation import HeldOutText, compare, score
-from terselm.train.examples import EncodedRecords, Encoding, encode
+from terselm.train.examples import EncodedRecords, Encoding, encode_records
+from terselm.train.held_out import HeldOutText, compare_scores, score_held_out
 from terselm.train.packing import collate
-from terselm.train.scoring import score_instead_of_logits
+from terselm.train.settings import LossOn, Overlong, Template
+from terselm.train.surprisals import give_surprisals
 
 
 def records() -> list[Record]:
@@ -40,7 +40,7 @@ def encoding(tokenizer: Any) -> Encoding:
 
 
 def test_tokens_and_bytes_are_those_of_the_responses(tokenizer: Any) -> None:
-    text = HeldOutText.of(records(), encode(records(), encoding(tokenizer)))
+    text = HeldOutText.of(records(), encode_records(records(), encoding(tokenizer)))
     assert text.prompt_of.tolist() == [0, 1, 0, 2]
     # The 90 letters do not fit into 64 tokens at once; no piece of them is lost.
     assert text.text_bytes.tolist() == [3 + 14, 6 + 1 + 4, 90]
@@ -50,23 +50,23 @@ def test_tokens_and_bytes_are_those_of_the_responses(tokenizer: Any) -> None:
 
 def test_a_dropped_record_counts_for_nothing(tokenizer: Any) -> None:
     dropping = replace(encoding(tokenizer), overlong=Overlong.DROP)
-    text = HeldOutText.of(records(), encode(records(), dropping))
+    text = HeldOutText.of(records(), encode_records(records(), dropping))
     assert text.text_bytes.tolist() == [17, 11, 0]
 
 
 @pytest.mark.parametrize("rows_per_pass", [1, 3])
 def test_the_score_is_the_sum_over_the_response_tokens(tokenizer: Any, rows_per_pass: int) -> None:
-    encoded = encode(records(), encoding(tokenizer))
+    encoded = encode_records(records(), encoding(tokenizer))
     text = HeldOutText.of(records(), encoded)
     lm = make_model(len(tokenizer))
-    score_instead_of_logits(lm, autocast=None)
+    give_surprisals(lm, autocast=None)
     shares = [
-        score(lm, text, row_length=64, rows_per_pass=rows_per_pass, rank=0, processes=1),
+        score_held_out(lm, text, row_length=64, rows_per_pass=rows_per_pass, rank=0, processes=1),
     ]
     expected = np.zeros(3)
     with torch.no_grad():
         for example in encoded.examples:
-            expected[text.prompt_of[example.record]] += surprisals(lm, collate([[example]], 0)).sum().item()
+            expected[text.prompt_of[example.record]] += surprisals(lm, collate([[example]])).sum().item()
     np.testing.assert_allclose(sum(shares), expected, rtol=1e-5)
 
 
@@ -88,7 +88,7 @@ def test_a_difference_that_is_the_same_everywhere_has_no_width() -> None:
     text = held_out([5, 10, 20], [1, 1, 1])
     before = np.array([3.0, 4.0, 5.0])
     after = before - math.log(2) * text.text_bytes * 0.25
-    result = compare(text, before, after, seed=0)["difference"]
+    result = compare_scores(text, before, after, seed=0)["difference"]
     assert result["bits_per_byte"] == pytest.approx(-0.25)
     assert result["bits_per_byte_interval"] == pytest.approx([-0.25, -0.25])
 
@@ -97,7 +97,7 @@ def test_the_interval_has_the_width_of_the_normal_one() -> None:
     draw = np.random.default_rng(1)
     gains = draw.normal(-0.1, 1.0, 400)
     text = held_out([1] * 400, [1] * 400)
-    low, high = compare(text, np.zeros(400), gains * math.log(2), seed=0)["difference"]["bits_per_byte_interval"]
+    low, high = compare_scores(text, np.zeros(400), gains * math.log(2), seed=0)["difference"]["bits_per_byte_interval"]
     half = 1.96 * gains.std() / 20
     assert low == pytest.approx(gains.mean() - half, abs=0.01)
     assert high == pytest.approx(gains.mean() + half, abs=0.01)
@@ -107,6 +107,6 @@ def test_the_interval_is_paired() -> None:
     """Prompts that differ much from each other, each a little better: the difference is certain all the same."""
     before = np.random.default_rng(2).uniform(10, 1000, 50)
     text = held_out([100] * 50, [30] * 50)
-    low, high = compare(text, before, before - 5, seed=0)["difference"]["bits_per_byte_interval"]
+    low, high = compare_scores(text, before, before - 5, seed=0)["difference"]["bits_per_byte_interval"]
     assert high < 0
     assert high - low < 1e-9

@@ -15,9 +15,8 @@ from fake_hub import TOKEN, Hub, serve
 from tiny_training import Script
 
 from terselm.errors import CheckpointError, ConfigError
-from terselm.train.hub import HubPlace, upload
 from terselm.train.provenance import combined_sha256
-from terselm.train.publish import Form, publish, publish_to_hub
+from terselm.train.publish import Form, HubPlace, publish, publish_to_hub, upload
 from terselm.train.verify import verify
 
 PLACE = HubPlace(repo="org/small")

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from tiny_training import ROOT, Script
 
 from terselm.errors import CheckpointError, ConfigError
-from terselm.train.gathering import gather_trained
 from terselm.train.hardware import join_processes
+from terselm.train.model import gather_trained
 from terselm.train.publish import publish
 from terselm.train.verify import verify
 
@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from terselm.train.gathering import gather_trained
+from terselm.train.model import gather_trained
 
 dist.init_process_group("gloo", rank=int(sys.argv[1]), world_size=2, init_method=f"file://{sys.argv[2]}")
 torch.manual_seed(0)

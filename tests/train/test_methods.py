@@ -14,12 +14,9 @@ from tiny_training import Script, make_model
 from terselm.compress.surprisal import SurprisalEngine
 from terselm.errors import ConfigError
 from terselm.models import load_causal_lm
-from terselm.train.choices import Initialisation, Method
-from terselm.train.config import AlignConfig, LoraSettings
-from terselm.train.gathering import gather_trained
-from terselm.train.lora import add_adapter, save_adapter
+from terselm.train.model import add_adapter, gather_trained, load_small_lm, save_adapter
 from terselm.train.publish import publish
-from terselm.train.small_lm import load_small_lm
+from terselm.train.settings import AlignSettings, Initialisation, LoraSettings, TrainingMethod
 from terselm.train.verify import verify
 
 IDS = torch.arange(2, 42)[None]
@@ -73,7 +70,7 @@ def test_a_rank_beyond_the_weights_takes_one_sentence(tokenizer: Any) -> None:
     "make",
     [
         lambda: LoraSettings(weight_decomposed=True, initialisation=Initialisation.PISSA),
-        lambda: AlignConfig(method=Method.QLORA, lora=LoraSettings(initialisation=Initialisation.OLORA)),
+        lambda: AlignSettings(method=TrainingMethod.QLORA, lora=LoraSettings(initialisation=Initialisation.OLORA)),
     ],
 )
 def test_what_does_not_go_together_is_refused(make: Callable[[], object]) -> None:
@@ -83,7 +80,7 @@ def test_what_does_not_go_together_is_refused(make: Callable[[], object]) -> Non
 
 def test_without_bitsandbytes_4_bits_take_one_sentence(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    config = AlignConfig(model=str(tiny_model), method=Method.QLORA)
+    config = AlignSettings(model=str(tiny_model), method=TrainingMethod.QLORA)
     with pytest.raises(ConfigError, match=r"method=qlora needs bitsandbytes; run: pip install 'terselm\[qlora\]'"):
         load_small_lm(config, torch.device("cpu"), torch.float32)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())

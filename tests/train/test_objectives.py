@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from terselm.errors import ConfigError
-from terselm.train.batches import Collator, StepCounts
-from terselm.train.config import ObjectiveSettings
-from terselm.train.examples import Example
-from terselm.train.guidance import NO_WORD, Guide
+from terselm.train.examples import NO_WORD, Example, Guide
 from terselm.train.objectives import Mixture
+from terselm.train.settings import ObjectiveSettings
+from terselm.train.trainer import Collator, StepCounts
 
 VOCABULARY, TOP = 50, 4
 Losses = Callable[[Example, NDArray[np.float64]], tuple[float, float]]

@@ -10,17 +10,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_training import example, make_model, surprisals
+from tiny_training import IGNORED, example, labels, make_model, surprisals
 
 from terselm.train.attention import PACKED_ATTENTION
-from terselm.train.packing import IGNORED, best_fit, collate, fill_in_pairs, pack, pack_lengths
-from terselm.train.scoring import score_instead_of_logits
+from terselm.train.packing import best_fit, collate, fill_in_pairs, pack_examples, pack_lengths
+from terselm.train.surprisals import give_surprisals
 
 
 @given(st.lists(st.integers(2, 32), min_size=1, max_size=60))
 def test_every_example_is_in_one_row_that_holds_it(lengths: list[int]) -> None:
     examples = [example(length, index) for index, length in enumerate(lengths)]
-    rows = pack(examples, 32)
+    rows = pack_examples(examples, 32)
     assert sorted(e.record for row in rows for e in row) == list(range(len(lengths)))
     assert all(0 < sum(map(len, row)) <= 32 for row in rows)
     assert len(rows) <= len(room_left(sorted(lengths, reverse=True), 32))
@@ -61,7 +61,7 @@ def room_left(sizes: list[int], capacity: int) -> list[int]:
 def test_small_examples_fill_rows() -> None:
     draw = np.random.default_rng(0)
     examples = [example(int(length), index) for index, length in enumerate(draw.integers(20, 300, 500))]
-    rows = pack(examples, 1024)
+    rows = pack_examples(examples, 1024)
     assert sum(map(len, examples)) / (1024 * len(rows)) > 0.98
 
 
@@ -69,19 +69,17 @@ def test_labels_are_the_next_counted_tokens_of_the_same_example() -> None:
     row = [example(5, 1), example(3, 2)]
     batch = collate([row, [example(4, 3)]], pad_id=9)
     for index, content in enumerate([row, [example(4, 3)]]):
-        labels = [t for e in content for t in e.ids[e.counted].tolist()]
-        found = batch["labels"][index]
-        assert found[found != IGNORED].tolist() == labels
+        row_labels = labels(batch)[index]
+        assert row_labels[row_labels != IGNORED].tolist() == [t for e in content for t in e.ids[e.counted].tolist()]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 3]]
     assert batch["input_ids"][1, 4:].tolist() == [9] * 4
-    assert batch["labels"][0, 4] == IGNORED  # the next token starts another example
-    assert batch["tokens"].tolist() == [8, 4]
+    assert labels(batch)[0, 4] == IGNORED  # the next token starts another example
 
 
 @pytest.mark.parametrize("attention", [PACKED_ATTENTION, "sdpa"])
 def test_packed_equals_alone(tokenizer: Any, attention: str) -> None:
     lm = make_model(len(tokenizer))
-    score_instead_of_logits(lm, autocast=None)
+    give_surprisals(lm, autocast=None)
     lm.set_attn_implementation(attention)
     rows = [[example(20, 1), example(7, 2), example(30, 3)], [example(11, 4), example(25, 5)]]
     with torch.inference_mode():

@@ -22,10 +22,9 @@ from terselm.cli import app
 from terselm.config import load_config
 from terselm.errors import CheckpointError
 from terselm.models import load_causal_lm
-from terselm.train.choices import Precision
-from terselm.train.config import AlignConfig
 from terselm.train.provenance import file_sha256
 from terselm.train.publish import Form, publish
+from terselm.train.settings import AlignSettings, Precision
 from terselm.train.verify import verify
 
 TEXT = "red green blue one two"
@@ -71,7 +70,7 @@ def test_it_says_where_it_comes_from(published: Path, finished: Script, model_na
     names = {path.name for path in published.iterdir()} - {"provenance.json"}
     assert set(provenance["sha256"]) == names
     assert {"model.safetensors", "generation_config.json", "tokenizer.json", "config.yaml", "metrics.json"} <= names
-    assert load_config(AlignConfig, published / "config.yaml").model == model_name
+    assert load_config(AlignSettings, published / "config.yaml").model == model_name
 
 
 def test_the_card_has_metadata_and_the_measured_figures(published: Path, finished: Script, model_name: str) -> None:

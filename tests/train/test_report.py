@@ -17,10 +17,14 @@ from terselm.compress.words import word_spans
 from terselm.errors import CheckpointError, ModelError
 from terselm.models import load_causal_lm
 from terselm.train.publish import publish
-from terselm.train.report.metrics import LEAST_WORDS
-from terselm.train.report.reading import read_texts, read_words
-from terselm.train.report.report import Measurement, read_report, write_report
-from terselm.train.report.text import sentence, summary
+from terselm.train.report.measures import LEAST_WORDS, sentence, summary
+from terselm.train.report.report import (
+    Measurement,
+    read_held_out_texts,
+    read_report,
+    read_words,
+    write_alignment_report,
+)
 
 
 @pytest.fixture
@@ -59,9 +63,9 @@ def test_words_are_read_as_the_model_itself_would(tiny_model: Path) -> None:
 
 
 def test_a_target_that_is_the_aligned_model_itself_is_reached(run: Path, finished: Script) -> None:
-    report = write_report(run, Measurement(target=str(finished.run), device="cpu"))
+    report = write_alignment_report(run, Measurement(target=str(finished.run), device="cpu"))
     words = report["words"]
-    texts = read_texts(run)
+    texts = read_held_out_texts(run)
     long = [text for text in texts if len(text.text.split()) >= LEAST_WORDS]
     assert (words["texts"], words["too_short"]) == (len(long), len(texts) - len(long))
     for measure in words["measures"].values():
@@ -76,7 +80,7 @@ def test_a_null_result_is_called_one(run: Path, tiny_model: Path) -> None:
     """The base as the target: the aligned model can only have moved away from it."""
     measure = {"difference": 0.01, "interval": [-0.02, 0.03], "verdict": "no difference shown"}
     assert sentence("spearman", measure).startswith("rank correlation of word surprisals: no difference was shown, ")
-    report = write_report(run, Measurement(target=str(tiny_model), device="cpu"))
+    report = write_alignment_report(run, Measurement(target=str(tiny_model), device="cpu"))
     assert report["words"]["measures"]["spearman"]["verdict"] == "worse"
     assert "gap_closed" not in report["words"]["measures"]["spearman"]
     assert "**worse**" in summary(report)
@@ -94,13 +98,13 @@ def test_the_command_prints_a_table(run: Path, finished: Script) -> None:
 def test_a_run_that_is_not_finished_has_no_report(run: Path) -> None:
     shutil.rmtree(run / "adapter")
     with pytest.raises(CheckpointError, match="holds no finished run"):
-        write_report(run, Measurement())
+        write_alignment_report(run, Measurement())
 
 
 def test_a_target_that_is_not_there_changes_nothing(run: Path) -> None:
     before = (run / "report.json").read_bytes()
     with pytest.raises(ModelError, match=r"no model at \./nowhere"):
-        write_report(run, Measurement(target="./nowhere"))
+        write_alignment_report(run, Measurement(target="./nowhere"))
     assert (run / "report.json").read_bytes() == before
 
 

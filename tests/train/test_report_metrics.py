@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from terselm.train.report.metrics import Measure, Verdict, compare_words, judge
+from terselm.train.report.measures import Measure, Verdict, compare_words, verdict_on
 
 
 def measure(before: list[float], after: list[float], weight: list[float], *, higher: bool = False) -> Measure:
@@ -45,7 +45,7 @@ def test_nothing_to_gain_is_no_gap() -> None:
     ],
 )
 def test_an_interval_with_zero_shows_nothing(interval: tuple[float, float], higher: bool, verdict: Verdict) -> None:
-    assert judge(interval, higher_is_better=higher) is verdict
+    assert verdict_on(interval, higher_is_better=higher) is verdict
 
 
 def test_noise_shows_no_difference() -> None:

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import example, make_model, surprisals
+from tiny_training import IGNORED, example, labels, make_model, surprisals
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from terselm.errors import ModelError
 from terselm.models import load_causal_lm
 from terselm.models.reading import LogitTransform
-from terselm.train import log_probabilities, scoring
+from terselm.train import surprisals as module
 from terselm.train.attention import PACKED_ATTENTION
-from terselm.train.config import LoraSettings
-from terselm.train.lora import add_adapter
-from terselm.train.packing import IGNORED, collate
-from terselm.train.scoring import score_instead_of_logits
+from terselm.train.model import add_adapter
+from terselm.train.packing import collate
+from terselm.train.settings import LoraSettings
+from terselm.train.surprisals import give_surprisals
 
 BATCH = collate([[example(40, 1), example(20, 2)], [example(33, 3)]], pad_id=0)
 
@@ -29,13 +29,13 @@ def reference(lm: Any, batch: dict[str, Tensor]) -> Tensor:
     """−log softmax in float64, one example at a time, from the plain model."""
     lm = copy.deepcopy(lm).double()
     values = []
-    for ids, positions, labels in zip(batch["input_ids"], batch["position_ids"], batch["labels"], strict=True):
+    for ids, positions, tokens in zip(batch["input_ids"], batch["position_ids"], labels(batch), strict=True):
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
         for start, end in itertools.pairwise(starts):
             logits = lm(input_ids=ids[None, start:end]).logits[0].double()
             for place in range(end - start):
-                if labels[start + place] != IGNORED:
-                    values.append(-torch.log_softmax(logits[place], -1)[labels[start + place]])
+                if tokens[start + place] != IGNORED:
+                    values.append(-torch.log_softmax(logits[place], -1)[tokens[start + place]])
     return torch.stack(values)
 
 
@@ -45,12 +45,12 @@ def test_it_equals_the_float64_reference(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, chunk: int, cap: float | None
 ) -> None:
     lm = make_model(len(tokenizer))
-    monkeypatch.setitem(log_probabilities._LOGITS_AT_ONCE, "cpu", chunk * len(tokenizer))
+    monkeypatch.setitem(module._LOGITS_AT_ONCE, "cpu", chunk * len(tokenizer))
     if cap is not None:
         lm = with_soft_cap(lm, cap)
     with torch.no_grad():
         expected = reference(lm, BATCH)
-        score_instead_of_logits(lm, autocast=None)
+        give_surprisals(lm, autocast=None)
         # Gemma 2 caps its attention too, which ours does not; it keeps its own.
         assert (lm.config._attn_implementation == PACKED_ATTENTION) == (cap is None)
         torch.testing.assert_close(surprisals(lm, BATCH).double(), expected, atol=1e-5, rtol=0)
@@ -63,12 +63,12 @@ def test_its_gradient_equals_the_reference(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, chunk: int, frozen_head: bool, cap: float | None
 ) -> None:
     lm = make_model(len(tokenizer))
-    monkeypatch.setitem(log_probabilities._LOGITS_AT_ONCE, "cpu", chunk * len(tokenizer))
+    monkeypatch.setitem(module._LOGITS_AT_ONCE, "cpu", chunk * len(tokenizer))
     lm = lm if cap is None else with_soft_cap(lm, cap)
     lm.get_output_embeddings().weight.requires_grad_(not frozen_head)
     plain = copy.deepcopy(lm).double()
     reference_loss(plain).backward()
-    score_instead_of_logits(lm, autocast=None)
+    give_surprisals(lm, autocast=None)
     surprisals(lm, BATCH).sum().backward()
     for (name, ours), theirs in zip(lm.named_parameters(), plain.parameters(), strict=True):
         if ours.requires_grad:
@@ -90,7 +90,7 @@ def test_models_that_scale_their_logits(
     with torch.no_grad():
         expected = reference(lm, BATCH)
     reference_loss(plain).backward()
-    score_instead_of_logits(lm, autocast=None)
+    give_surprisals(lm, autocast=None)
     found = surprisals(lm, BATCH)
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=0)
     found.sum().backward()
@@ -103,9 +103,9 @@ def test_models_that_scale_their_logits(
 @pytest.mark.parametrize("kind", ["frozen", "trained", "module", "capped", "scaled", "biased"])
 def test_several_tokens_a_position(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, chunk: int, kind: str) -> None:
     """Values and gradients of any wanted tokens, against float64 log-softmax."""
-    monkeypatch.setitem(log_probabilities._LOGITS_AT_ONCE, "cpu", chunk * len(tokenizer))
+    monkeypatch.setitem(module._LOGITS_AT_ONCE, "cpu", chunk * len(tokenizer))
     if kind in ("module", "biased"):
-        monkeypatch.setattr(log_probabilities, "_is_plain", lambda head: False)
+        monkeypatch.setattr(module, "_is_plain", lambda head: False)
     lm = make_model(len(tokenizer))
     lm = with_soft_cap(lm, 2.0) if kind == "capped" else lm
     head = lm.get_output_embeddings()
@@ -118,7 +118,7 @@ def test_several_tokens_a_position(tokenizer: Any, monkeypatch: pytest.MonkeyPat
         head.bias = torch.nn.Parameter(torch.randn(len(tokenizer)))
     scale = 0.3 if kind in ("scaled", "biased") else 1.0
     transform = LogitTransform(scale=scale, cap=2.0 if kind == "capped" else None)
-    ours = log_probabilities.surprisals(lm, states, wanted, transform)
+    ours = module.surprisals(lm, states, wanted, transform)
     logits = states.double() @ head.weight.double().T
     logits = scale * (logits if head.bias is None else logits + head.bias.double())
     logits = torch.tanh(logits / 2) * 2 if kind == "capped" else logits
@@ -130,23 +130,25 @@ def test_several_tokens_a_position(tokenizer: Any, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(grad.double(), wanted_grad.double(), atol=1e-5, rtol=1e-4)
 
 
-def test_wanted_tokens_at_given_places_are_the_labels(tokenizer: Any) -> None:
+def test_several_tokens_a_place_are_as_one(tokenizer: Any) -> None:
     lm = make_model(len(tokenizer))
-    score_instead_of_logits(lm, autocast=None)
-    labels = BATCH["labels"].flatten()
-    at = (labels != IGNORED).nonzero().flatten()
-    inputs = {name: BATCH[name] for name in ("input_ids", "position_ids")}
+    give_surprisals(lm, autocast=None)
+    tokens = labels(BATCH).flatten()
+    at = (tokens != IGNORED).nonzero().flatten()
+    assert at.tolist() == BATCH["at"].tolist()
+    columns = torch.stack([tokens[at], tokens[at]], dim=1)
     with torch.inference_mode():
-        torch.testing.assert_close(lm(**inputs, at=at, wanted=labels[at]), surprisals(lm, BATCH))
+        both = surprisals(lm, {**BATCH, "wanted": columns})
+        torch.testing.assert_close(both, surprisals(lm, BATCH)[:, None].expand(-1, 2))
 
 
 def reference_loss(lm: Any) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
-    for ids, positions, labels in zip(BATCH["input_ids"], BATCH["position_ids"], BATCH["labels"], strict=True):
+    for ids, positions, tokens in zip(BATCH["input_ids"], BATCH["position_ids"], labels(BATCH), strict=True):
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
         for start, end in itertools.pairwise(starts):
             logits = lm(input_ids=ids[None, start:end]).logits[0]
-            total = total + torch.nn.functional.cross_entropy(logits, labels[start:end], reduction="sum")
+            total = total + torch.nn.functional.cross_entropy(logits, tokens[start:end], reduction="sum")
     return total
 
 
@@ -155,7 +157,7 @@ def test_bfloat16_weights_keep_a_float32_adapter_and_loss(tokenizer: Any) -> Non
     with torch.no_grad():
         expected = reference(lm, BATCH)
     lm = lm.to(torch.bfloat16)
-    score_instead_of_logits(lm, autocast=torch.bfloat16)
+    give_surprisals(lm, autocast=torch.bfloat16)
     model = add_adapter(lm, LoraSettings(rank=2))
     values = surprisals(model, BATCH)
     assert values.dtype == torch.float32
@@ -173,7 +175,7 @@ def test_bfloat16_weights_keep_a_float32_adapter_and_loss(tokenizer: Any) -> Non
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_rounding_is_not_taken_for_a_fault_of_the_attention(name: str, dtype: str, autocast: Any) -> None:
     lm = load_causal_lm(name, device="cpu", dtype=dtype).model
-    score_instead_of_logits(lm, autocast=autocast)
+    give_surprisals(lm, autocast=autocast)
     assert lm.config._attn_implementation == PACKED_ATTENTION
 
 
@@ -183,10 +185,10 @@ def test_examples_that_see_each_other_are_refused_in_bfloat16(monkeypatch: pytes
         states: Tensor = lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         return states
 
-    monkeypatch.setattr(scoring, "_last_states", one_text)
+    monkeypatch.setattr(module, "_last_states", one_text)
     lm = load_causal_lm("smollm2-135m", device="cpu", dtype="bfloat16").model
     with pytest.raises(ModelError, match="LlamaForCausalLM gives other probabilities"):
-        score_instead_of_logits(lm, autocast=torch.bfloat16)
+        give_surprisals(lm, autocast=torch.bfloat16)
 
 
 def test_a_head_that_does_more_is_refused(tokenizer: Any) -> None:
@@ -200,7 +202,7 @@ def test_a_head_that_does_more_is_refused(tokenizer: Any) -> None:
 
     lm.forward = scaled
     with pytest.raises(ModelError, match="LlamaForCausalLM does more to its last states"):
-        score_instead_of_logits(lm, autocast=None)
+        give_surprisals(lm, autocast=None)
 
 
 def with_soft_cap(lm: Any, cap: float) -> Any:

@@ -17,10 +17,9 @@ from tiny_training import ROOT, Script
 
 from terselm.errors import ConfigError
 from terselm.train.align import main
-from terselm.train.callbacks import rounds_since_best
-from terselm.train.choices import Tracker
+from terselm.train.callbacks import rounds_since_best, tracker_callbacks
 from terselm.train.fitting import fewer_rows
-from terselm.train.trackers import tracker_callbacks
+from terselm.train.settings import Tracker
 from terselm.train.trainer import AlignmentTrainer
 
 MakeScript = Callable[[Path], Script]
@@ -207,9 +206,9 @@ def test_a_dry_run_says_what_it_would_take(
 
 
 def test_a_missing_tracker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from terselm.train import trackers
+    from terselm.train import callbacks
 
-    monkeypatch.setattr(trackers, "find_spec", lambda _: None)
+    monkeypatch.setattr(callbacks, "find_spec", lambda _: None)
     assert tracker_callbacks(Tracker.AUTO, tmp_path) == []
     with pytest.raises(ConfigError, match="tracker=trackio needs the package trackio; run: pip install 'trackio'"):
         tracker_callbacks(Tracker.TRACKIO, tmp_path)

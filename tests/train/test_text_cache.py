@@ -19,14 +19,11 @@ from hypothesis import strategies as st
 from terselm.errors import ConfigError, DataFormatError
 from terselm.models import CausalLM, load_causal_lm
 from terselm.train import text_cache
-from terselm.train.choices import Overlong
-from terselm.train.config import AlignConfig, DataSettings, EvaluationSettings
-from terselm.train.examples import Example
-from terselm.train.guidance import Guide
-from terselm.train.packing import pack
-from terselm.train.sources import Source, draw
-from terselm.train.store import ExampleStore, ExampleWriter
-from terselm.train.texts import Texts, read_texts
+from terselm.train.examples import Example, Guide
+from terselm.train.packing import pack_examples
+from terselm.train.settings import AlignSettings, DataSettings, EvaluationSettings, Overlong
+from terselm.train.text_cache import ExampleStore, ExampleWriter, RecordSource
+from terselm.train.texts import Texts, examples_of_epoch, prepare_texts
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +37,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "texts"
 
 
-def config(records: Path | str = "", **data: Any) -> AlignConfig:
+def config(records: Path | str = "", **data: Any) -> AlignSettings:
     found = DataSettings(**({"records": str(records)} if records else {}), max_length=64, **data)
-    return AlignConfig(data=found, evaluation=EvaluationSettings(held_out=0.2))
+    return AlignSettings(data=found, evaluation=EvaluationSettings(held_out=0.2))
 
 
 def write(path: Path, prompts: Sequence[str]) -> Path:
@@ -54,15 +51,20 @@ def folders(cache: Path) -> list[Path]:
     return [path for path in cache.iterdir() if path.is_dir()]
 
 
-def example(draw: np.random.Generator, guided: bool, top_k: int, record: int) -> Example:
-    size, words = int(draw.integers(1, 9)), int(draw.integers(0, 4))
+def example(examples_of_epoch: np.random.Generator, guided: bool, top_k: int, record: int) -> Example:
+    size, words = int(examples_of_epoch.integers(1, 9)), int(examples_of_epoch.integers(0, 4))
     guide = Guide(
-        words=draw.integers(-1, max(1, words), size).astype(np.int32),
-        nats=draw.random(words).astype(np.float32),
-        top_ids=draw.integers(0, 9, (size, top_k)).astype(np.int32) if top_k else None,
-        top_logprobs=draw.random((size, top_k)).astype(np.float32) if top_k else None,
+        words=examples_of_epoch.integers(-1, max(1, words), size).astype(np.int32),
+        nats=examples_of_epoch.random(words).astype(np.float32),
+        top_ids=examples_of_epoch.integers(0, 9, (size, top_k)).astype(np.int32) if top_k else None,
+        top_logprobs=examples_of_epoch.random((size, top_k)).astype(np.float32) if top_k else None,
     )
-    return Example(draw.integers(0, 2**31, size), draw.random(size) < 0.5, record, guide if guided else None)
+    return Example(
+        examples_of_epoch.integers(0, 2**31, size),
+        examples_of_epoch.random(size) < 0.5,
+        record,
+        guide if guided else None,
+    )
 
 
 @settings(max_examples=40)
@@ -94,9 +96,9 @@ def test_examples_come_back_as_they_were(
 
 
 def test_texts_are_made_once(lm: CausalLM, records_file: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    first = read_texts(config(records_file), lm)
+    first = prepare_texts(config(records_file), lm)
     monkeypatch.setattr(text_cache, "_write", lambda *_: pytest.fail("made again"))
-    second = read_texts(config(records_file), lm)
+    second = prepare_texts(config(records_file), lm)
     assert first.describe() == second.describe()
     assert len(folders(cache)) == 1
     for ours, theirs in zip(first.rows, second.rows, strict=True):
@@ -104,8 +106,8 @@ def test_texts_are_made_once(lm: CausalLM, records_file: Path, monkeypatch: pyte
 
 
 def test_rows_are_those_of_all_examples_at_once(lm: CausalLM, records_file: Path) -> None:
-    texts = read_texts(config(records_file), lm)
-    expected = pack(list(texts.training.examples), 64)
+    texts = prepare_texts(config(records_file), lm)
+    expected = pack_examples(list(texts.training.examples), 64)
     assert [[e.ids.tolist() for e in row] for row in texts.rows] == [[e.ids.tolist() for e in row] for row in expected]
     assert texts.tokens == sum(len(e) for row in texts.rows for e in row)
     assert texts.counted_tokens == texts.training.counted_tokens
@@ -113,11 +115,11 @@ def test_rows_are_those_of_all_examples_at_once(lm: CausalLM, records_file: Path
 
 def test_other_content_or_settings_are_other_texts(lm: CausalLM, tmp_path: Path, cache: Path) -> None:
     path = write(tmp_path / "a.jsonl", [f"count {i}" for i in range(30)])
-    read_texts(config(path), lm)
-    read_texts(config(path, overlong=Overlong.DROP), lm)
+    prepare_texts(config(path), lm)
+    prepare_texts(config(path, overlong=Overlong.DROP), lm)
     assert len(folders(cache)) == 2
     write(path, [f"sort {i}" for i in range(30)])
-    changed = read_texts(config(path), lm)
+    changed = prepare_texts(config(path), lm)
     assert len(folders(cache)) == 3
     assert all(record.response.startswith("sort") for record in _held_out(cache))
     assert changed.records + len(changed.held_out.prompt_of) == 30
@@ -129,16 +131,16 @@ def _held_out(cache: Path) -> list[Any]:
 
 
 def test_what_was_long_unused_is_removed(lm: CausalLM, tmp_path: Path, cache: Path) -> None:
-    read_texts(config(write(tmp_path / "a.jsonl", [f"count {i}" for i in range(30)])), lm)
+    prepare_texts(config(write(tmp_path / "a.jsonl", [f"count {i}" for i in range(30)])), lm)
     (old,) = folders(cache)
     month_ago = time.time() - 31 * 24 * 3600
     os.utime(old, (month_ago, month_ago))
-    read_texts(config(write(tmp_path / "b.jsonl", [f"sort {i}" for i in range(30)])), lm)
+    prepare_texts(config(write(tmp_path / "b.jsonl", [f"sort {i}" for i in range(30)])), lm)
     assert old not in folders(cache)
 
 
 def _read_in_another_process(model: Path, records: Path, found: Any) -> None:
-    texts = read_texts(config(records), load_causal_lm(model, device="cpu"))
+    texts = prepare_texts(config(records), load_causal_lm(model, device="cpu"))
     found.put((os.getpid(), texts.describe()))
 
 
@@ -162,7 +164,7 @@ def test_a_cache_that_cannot_be_written_takes_one_sentence(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TERSELM_CACHE", str(tmp_path / "file"))
     with pytest.raises(Exception, match=r"cannot write to .*; TERSELM_CACHE can name a folder elsewhere"):
-        read_texts(config(records_file), lm)
+        prepare_texts(config(records_file), lm)
 
 
 def test_a_bad_row_leaves_nothing(lm: CausalLM, tmp_path: Path, cache: Path) -> None:
@@ -170,7 +172,7 @@ def test_a_bad_row_leaves_nothing(lm: CausalLM, tmp_path: Path, cache: Path) -> 
     with path.open("a") as file:
         file.write('{"prompt": "one", "completion": " "}\n')
     with pytest.raises(DataFormatError, match=r"a.jsonl:2001: response is empty"):
-        read_texts(config(path), lm)
+        prepare_texts(config(path), lm)
     assert folders(cache) == []
 
 
@@ -179,7 +181,7 @@ def test_mixed_schemas_take_one_sentence(lm: CausalLM, tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"instruction": "add", "output": "three"}\n')
     with pytest.raises(DataFormatError, match=r"a.jsonl:3: missing key 'prompt' \(read as format prompt_completion\)"):
-        read_texts(config(path), lm)
+        prepare_texts(config(path), lm)
 
 
 def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -192,8 +194,8 @@ def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def test_parquet_is_read_as_json_lines_are(lm: CausalLM, records_file: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in records_file.read_text().splitlines()]
-    theirs = read_texts(config(parquet(tmp_path / "a.parquet", rows)), lm)
-    assert read_texts(config(records_file), lm).describe() == theirs.describe()
+    theirs = prepare_texts(config(parquet(tmp_path / "a.parquet", rows)), lm)
+    assert prepare_texts(config(records_file), lm).describe() == theirs.describe()
 
 
 def test_a_folder_of_a_data_set(lm: CausalLM, records_file: Path, tmp_path: Path) -> None:
@@ -201,20 +203,20 @@ def test_a_folder_of_a_data_set(lm: CausalLM, records_file: Path, tmp_path: Path
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "train.jsonl").write_bytes(records_file.read_bytes())
-    theirs = read_texts(config(folder), lm)
-    assert read_texts(config(records_file), lm).describe() == theirs.describe()
+    theirs = prepare_texts(config(folder), lm)
+    assert prepare_texts(config(records_file), lm).describe() == theirs.describe()
 
 
 def test_an_unreachable_hub_takes_one_sentence(lm: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ConfigError, match=r"the hub does not say which revision 'hub:a/b' is of: .*no hub$"):
-        read_texts(config("hub:a/b"), lm)
+        prepare_texts(config("hub:a/b"), lm)
 
 
 def mixture(lm: CausalLM, tmp_path: Path, **times: float) -> Texts:
     paths = {name: write(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(60)]) for name in ("count", "sort")}
-    return read_texts(config(mixture={str(paths[name]): value for name, value in times.items()}), lm)
+    return prepare_texts(config(mixture={str(paths[name]): value for name, value in times.items()}), lm)
 
 
 def test_a_mixture_repeats_and_draws(lm: CausalLM, tmp_path: Path) -> None:
@@ -230,15 +232,15 @@ def test_a_mixture_repeats_and_draws(lm: CausalLM, tmp_path: Path) -> None:
 
 
 def test_draws_come_from_their_source() -> None:
-    sources = [Source(name=str(times), times=times, fingerprint="") for times in (0.5, 3.0, 1.5)]
-    drawn = draw([10, 4, 6], sources, seed=0)
+    sources = [RecordSource(name=str(times), times=times, fingerprint="") for times in (0.5, 3.0, 1.5)]
+    drawn = examples_of_epoch([10, 4, 6], sources, seed=0)
     counts = np.bincount(drawn, minlength=20)
     assert counts[:10].sum() == 5
     assert counts[:10].max() == 1
     assert counts[10:14].tolist() == [3] * 4
     assert sorted(counts[14:].tolist()) == [1, 1, 1, 2, 2, 2]
-    assert draw([10, 4, 6], sources, seed=0).tolist() == drawn.tolist()
-    assert draw([10, 4, 6], sources, seed=1).tolist() != drawn.tolist()
+    assert examples_of_epoch([10, 4, 6], sources, seed=0).tolist() == drawn.tolist()
+    assert examples_of_epoch([10, 4, 6], sources, seed=1).tolist() != drawn.tolist()
 
 
 @pytest.mark.parametrize("times", [0, -1, float("nan")])

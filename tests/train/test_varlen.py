@@ -9,16 +9,22 @@ from typing import Any
 import pytest
 import torch
 from test_attention import gemma3, masked
-from tiny_training import example, make_model, surprisals
+from tiny_training import example, labels, make_model, surprisals
 from torch import Tensor
 from torch.nn import functional
 
-from terselm.train import scoring, varlen
-from terselm.train.config import LoraSettings
-from terselm.train.lora import add_adapter
+from terselm.train import attention
+from terselm.train import surprisals as module
+from terselm.train.attention import (
+    VARLEN_ATTENTION,
+    UnsupportedAttentionError,
+    attention_candidates,
+    varlen_attention,
+)
+from terselm.train.model import add_adapter
 from terselm.train.packing import collate, cu_seqlens
-from terselm.train.scoring import score_instead_of_logits
-from terselm.train.varlen import VARLEN_ATTENTION, UnsupportedAttentionError, varlen_attention
+from terselm.train.settings import LoraSettings
+from terselm.train.surprisals import give_surprisals
 
 ROWS = [[example(20, 1), example(7, 2), example(30, 3)], [example(11, 4), example(25, 5)]]
 
@@ -54,10 +60,10 @@ def stand_in(
 
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    monkeypatch.setattr(varlen, "_GROUPED", {"enable_gqa": True})
-    monkeypatch.setattr(varlen, "_HALF", (torch.float32,))
-    monkeypatch.setattr(scoring, "_candidates", lambda lm: varlen.register() or [VARLEN_ATTENTION])
+    monkeypatch.setattr(attention, "varlen_attn", stand_in)
+    monkeypatch.setattr(attention, "_GROUPED", {"enable_gqa": True})
+    monkeypatch.setattr(attention, "_HALF", (torch.float32,))
+    monkeypatch.setattr(module, "attention_candidates", lambda lm: attention_candidates(lm) and [VARLEN_ATTENTION])
     return
 
 
@@ -85,24 +91,21 @@ def test_it_equals_a_mask_over_the_row(window: int | None) -> None:
 @pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("make", [make_model, gemma3])
 def test_a_model_scores_rows_as_its_own_attention_does(make: Any) -> None:
-    """With the spans given and without, in one shape or just enough."""
+    """In one shape or just enough."""
     lm, plain = make(300), make(300)
-    score_instead_of_logits(lm, autocast=None)
+    give_surprisals(lm, autocast=None)
     assert lm.config._attn_implementation == VARLEN_ATTENTION
     batch, padded = collate(ROWS, pad_id=0), collate(ROWS, pad_id=0, shape=(3, 64))
     with torch.inference_mode():
         ours = surprisals(lm, batch)
-        given = lm(
-            **{k: padded[k] for k in ("input_ids", "position_ids", "labels")},
-            cu_seqlens=cu_seqlens(padded["position_ids"]),
-        )
+        filled = surprisals(lm, padded)
         for one, (start, end) in zip([e for row in ROWS for e in row], _parts(), strict=True):
             alone = collate([[one]], pad_id=0)
             logits = plain(input_ids=alone["input_ids"]).logits
-            kept = alone["labels"] >= 0
-            expected = functional.cross_entropy(logits[kept], alone["labels"][kept], reduction="none")
+            kept = labels(alone) >= 0
+            expected = functional.cross_entropy(logits[kept], labels(alone)[kept], reduction="none")
             torch.testing.assert_close(ours[start:end], expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(given, ours, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(filled, ours, atol=1e-5, rtol=1e-5)
 
 
 def _parts() -> list[tuple[int, int]]:
@@ -163,19 +166,19 @@ def test_the_kernel_equals_a_mask(window: int | None) -> None:
 @pytest.mark.parametrize("make", [make_model, gemma3])
 def test_on_a_gpu_rows_equal_the_cpu(make: Any, compiled: bool) -> None:
     """Values and gradients of the adapter, in bfloat16 against float32."""
-    from terselm.train.config import EngineSettings
-    from terselm.train.speed import tune
+    from terselm.train.hardware import apply_engine
+    from terselm.train.settings import EngineSettings
 
     found = []
     for device in ("cpu", "cuda"):
         lm = make(300).to(device)
         half = device == "cuda"
         lm = lm.to(torch.bfloat16) if half else lm
-        score_instead_of_logits(lm, autocast=torch.bfloat16 if half else None)
+        give_surprisals(lm, autocast=torch.bfloat16 if half else None)
         assert not half or lm.config._attn_implementation == VARLEN_ATTENTION
         torch.manual_seed(0)
         model = add_adapter(lm, LoraSettings(rank=4))
-        tune(lm, EngineSettings(compile=compiled and half))
+        apply_engine(lm, EngineSettings(compile=compiled and half))
         batch = {name: tensor.to(device) for name, tensor in collate(ROWS, pad_id=0, shape=(2, 64)).items()}
         values = surprisals(model, batch)
         values.mean().backward()

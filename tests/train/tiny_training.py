@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from terselm.train.examples import Example
+from terselm.train.packing import MODEL_INPUTS
 
+IGNORED = -100
 ROOT = Path(__file__).parents[2]
 WORDS = [
     "red",
@@ -91,7 +93,14 @@ def example(length: int, record: int = 0, seed: int = 0) -> Example:
 
 
 def surprisals(lm: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    result: torch.Tensor = lm(**{name: batch[name] for name in ("input_ids", "position_ids", "labels")})
+    result: torch.Tensor = lm(**{name: batch[name] for name in MODEL_INPUTS})
+    return result
+
+
+def labels(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """``(B, T)``: the token after each place if it is asked for, else `IGNORED`, as transformers takes them."""
+    result = torch.full_like(batch["input_ids"], IGNORED)
+    result.view(-1)[batch["at"]] = batch["wanted"]
     return result
 
 

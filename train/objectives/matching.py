@@ -9,11 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from terselm.statistics import RATIOS
 from terselm.train.examples import Example
 from terselm.train.objectives.base import Read
 from terselm.train.objectives.words import by_word, count_words, in_words, kept_at, word_inputs
-
-RATIOS = (2, 5, 10)  # at which prompts are usually compressed
 
 
 class SurprisalMatching:
@@ -39,10 +38,10 @@ class SurprisalMatching:
         return float(self._weights(example).sum()) if self._near_threshold else float(count_words(example))
 
     def inputs(self, examples: Sequence[Example], read: Read) -> dict[str, NDArray[np.generic]]:
-        found = word_inputs(examples, read)
+        inputs = word_inputs(examples, read)
         if self._near_threshold:
-            found["word_weights"] = np.concatenate([self._weights(example) for example in examples])
-        return found
+            inputs["word_weights"] = np.concatenate([self._weights(example) for example in examples])
+        return inputs
 
     def total(self, surprisals: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         errors = functional.smooth_l1_loss(

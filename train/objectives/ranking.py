@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from terselm.statistics import RATIOS
 from terselm.train.examples import Example
 from terselm.train.objectives.base import Read
 from terselm.train.objectives.words import by_word, count_words, in_words, kept_at, word_inputs
 
-RATIOS = (2, 5, 10)
 _WINDOW = 128  # words that are compared with each other; pairs grow with its square
 
 
@@ -37,8 +37,8 @@ class KeptWordRanking:
 
     def inputs(self, examples: Sequence[Example], read: Read) -> dict[str, NDArray[np.generic]]:
         """``windows``: ``(M, 128)`` words, W for none; ``kept``: ``(M, ratios, 128)`` int8, −1 where there is none."""
-        found = word_inputs(examples, read)
-        total, start = len(found["word_nats"]), 0
+        inputs = word_inputs(examples, read)
+        total, start = len(inputs["word_nats"]), 0
         windows, kept = [], []
         for example in examples:
             levels = self._levels(example)
@@ -52,9 +52,9 @@ class KeptWordRanking:
                 windows.append(window)
                 kept.append(decisions)
             start += count
-        found["windows"] = np.asarray(windows, dtype=np.int64).reshape(-1, _WINDOW)
-        found["kept"] = np.asarray(kept, dtype=np.int8).reshape(-1, len(RATIOS), _WINDOW)
-        return found
+        inputs["windows"] = np.asarray(windows, dtype=np.int64).reshape(-1, _WINDOW)
+        inputs["kept"] = np.asarray(kept, dtype=np.int8).reshape(-1, len(RATIOS), _WINDOW)
+        return inputs
 
     def total(self, surprisals: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         words = functional.pad(by_word(surprisals, inputs), (0, 1))

@@ -8,20 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from terselm.compress.words import most_surprising
-from terselm.train.examples import Example
-from terselm.train.guidance import NO_WORD
+from terselm.statistics import most_surprising
+from terselm.train.examples import NO_WORD, Example
 from terselm.train.objectives.base import Read, of_text
-
-Ints = NDArray[np.int64]
 
 
 def in_words(example: Example) -> NDArray[np.bool_]:
     """``(n,)``: the tokens of words that the target has an opinion on."""
     if example.guide is None:
         return np.zeros(len(example), dtype=np.bool_)
-    found: NDArray[np.bool_] = example.guide.words != NO_WORD
-    return found
+    mask: NDArray[np.bool_] = example.guide.words != NO_WORD
+    return mask
 
 
 def count_words(example: Example) -> int:
@@ -37,8 +34,8 @@ def word_inputs(examples: Sequence[Example], read: Read) -> dict[str, NDArray[np
         if example.guide is None:
             words.append(np.full(mask.sum(), total, dtype=np.int64))
             continue
-        found = example.guide.words[mask].astype(np.int64)
-        words.append(np.where(found == NO_WORD, total, found + start))
+        numbers = example.guide.words[mask].astype(np.int64)
+        words.append(np.where(numbers == NO_WORD, total, numbers + start))
         nats.append(example.guide.nats)
         start += len(example.guide.nats)
     return {"word_of": np.concatenate(words), "word_nats": np.concatenate(nats)}

@@ -28,17 +28,16 @@ def publish(
     On the hub: one commit and one tag; the token comes from HF_TOKEN.
     """
     need("train", "peft")
-    from terselm.train.choices import Precision
-    from terselm.train.hub import PREFIX, HubPlace
-    from terselm.train.publish import Form, publish_to_hub
+    from terselm.train.publish import HUB_PREFIX, Form, HubPlace, publish_to_hub
     from terselm.train.publish import publish as publish_run
+    from terselm.train.settings import Precision
 
     if dtype not in (Precision.FLOAT32, Precision.BFLOAT16):
         raise ConfigError(f"unknown dtype {dtype!r}; expected float32 or bfloat16")
     form = Form(dtype=Precision(dtype), adapter_only=adapter_only)
     quieten_transformers()
-    if to.startswith(PREFIX):
-        place = HubPlace(repo=to.removeprefix(PREFIX), tag=tag, private=not public)
+    if to.startswith(HUB_PREFIX):
+        place = HubPlace(repo=to.removeprefix(HUB_PREFIX), tag=tag, private=not public)
         print(publish_to_hub(run, place, form))
         return
     if public or tag is not None:
@@ -67,8 +66,8 @@ def report(
 ) -> None:
     """Say how much more alike a small LM and its target have become; writes report.json and report.png."""
     need("train", "peft")
-    from terselm.train.report.report import Measurement, write_report
-    from terselm.train.report.text import summary
+    from terselm.train.report.measures import summary
+    from terselm.train.report.report import Measurement, write_alignment_report
 
     quieten_transformers()
-    print(summary(write_report(run, Measurement(target=target, device=device, dtype=dtype))))
+    print(summary(write_alignment_report(run, Measurement(target=target, device=device, dtype=dtype))))

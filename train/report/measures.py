@@ -1,4 +1,4 @@
-"""The figures of the report, from surprisals alone; knows no models and no files.
+"""The figures of the report, from surprisals alone, and what they say in words; knows no models and no files.
 
 A measure is a ratio of two sums over prompts (bits / bytes, words kept by both / words kept, ρ / texts), so all of
 them share one paired bootstrap, over prompts: texts with one prompt are not independent of each other.
@@ -13,15 +13,29 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from terselm.compress.intervals import CONFIDENCE, RESAMPLES, percentile_interval, resampled_sums
-from terselm.compress.words import kept_overlap, most_surprising, spearman
+from terselm.statistics import (
+    CONFIDENCE,
+    RATIOS,
+    RESAMPLES,
+    Floats,
+    kept_overlap,
+    most_surprising,
+    percentile_interval,
+    resampled_sums,
+    spearman,
+)
 
-Floats = NDArray[np.float64]
-
-RATIOS = (2, 5, 10)  # at which kept words are compared
 LEAST_WORDS = 10  # of a text whose words are compared: one is kept at 10×
+LABELS = {
+    "bits_per_byte": "bits per byte",
+    "spearman": "rank correlation of word surprisals",
+    **{f"kept_overlap_{ratio}x": f"kept words in common at {ratio}×" for ratio in RATIOS},
+}
+SHORT_LABELS = {
+    "spearman": "rank correlation",
+    **{f"kept_overlap_{ratio}x": f"common words, {ratio}×" for ratio in RATIOS},
+}
 
 
 class Verdict(StrEnum):
@@ -64,7 +78,7 @@ class Measure:
             "interval": list(interval),
             "confidence": CONFIDENCE,
             "resamples": RESAMPLES,
-            "verdict": judge(interval, higher_is_better=self.higher_is_better).value,
+            "verdict": verdict_on(interval, higher_is_better=self.higher_is_better).value,
         }
         if self.best is not None and before != self.best:
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -74,7 +88,7 @@ class Measure:
         return result
 
 
-def judge(interval: tuple[float, float], *, higher_is_better: bool) -> Verdict:
+def verdict_on(interval: tuple[float, float], *, higher_is_better: bool) -> Verdict:
     """A difference whose interval holds zero has not been shown."""
     low, high = interval
     if low > 0:
@@ -104,8 +118,8 @@ def compare_words(
         return np.bincount(groups, weights=np.asarray(values, dtype=np.float64)).astype(np.float64)
 
     def correlations(words: Sequence[Floats]) -> list[float]:
-        found = [spearman(ours, theirs) for ours, theirs in zip(words, target, strict=True)]
-        return [0.0 if math.isnan(rho) else rho for rho in found]  # one value for every word orders nothing
+        rhos = [spearman(ours, theirs) for ours, theirs in zip(words, target, strict=True)]
+        return [0.0 if math.isnan(rho) else rho for rho in rhos]  # one value for every word orders nothing
 
     measures = {
         "spearman": Measure(
@@ -130,3 +144,48 @@ def compare_words(
             best=1.0,
         )
     return measures
+
+
+def sentence(name: str, measure: dict[str, Any]) -> str:
+    """The difference with its interval, and what it means; a null result is called one."""
+    low, high = measure["interval"]
+    difference = f"{measure['difference']:+.4f} (95% interval {low:+.4f} to {high:+.4f})"
+    if measure["verdict"] == Verdict.NO_DIFFERENCE:
+        return f"{LABELS[name]}: no difference was shown, {difference}"
+    return f"{LABELS[name]}: {measure['verdict']}, {difference}"
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Markdown: one table of all measures, and what was measured on what."""
+    lines = [
+        "| | before | after | difference (95% interval) | of the way to the target | |",
+        "|---|---|---|---|---|---|",
+        _row("bits_per_byte", report["bits_per_byte"]),
+    ]
+    words = report["words"]
+    if words is not None:
+        lines += [_row(name, measure) for name, measure in words["measures"].items()]
+    bits = report["bits_per_byte"]
+    lines += [
+        "",
+        f"Bits per byte: {bits['records']} held-out responses to {bits['prompts']} prompts. Intervals: paired "
+        "bootstrap over prompts.",
+    ]
+    if words is not None:
+        lines.append(
+            f"Words: {words['words']:,} words of {words['texts']} held-out texts, compared with `{report['target']}`. "
+            "Rank correlation is Spearman's, the mean over texts. Words in common: of the words that the small LM "
+            "would keep, the share that the target itself would keep, if each kept its most surprising ones."
+        )
+    return "\n".join(lines)
+
+
+def _row(name: str, measure: dict[str, Any]) -> str:
+    low, high = measure["interval"]
+    verdict = measure["verdict"]
+    shown = f"**{verdict}**" if verdict != Verdict.BETTER else verdict
+    closed = f"{round(100 * measure['gap_closed'])}%" if "gap_closed" in measure else ""
+    return (
+        f"| {LABELS[name]} | {measure['before']:.4f} | {measure['after']:.4f} | "
+        f"{measure['difference']:+.4f} ({low:+.4f} to {high:+.4f}) | {closed} | {shown} |"
+    )

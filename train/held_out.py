@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text of the target, and how sure a difference is.
+"""Held-out text of the target: how well a model predicts it, and how sure a difference is.
 
 Bits per byte, because it can be compared across tokenizers: total nats / ln 2 / total UTF-8 bytes of the scored text.
 Only the response is scored; the start and end tokens, which stand for no text, are not.
@@ -7,7 +7,6 @@ Only the response is scored; the start and end tokens, which stand for no text, 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -15,15 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from terselm.compress.intervals import CONFIDENCE, RESAMPLES, percentile_interval, resampled_sums
 from terselm.data.records import Record, prompt_hash
 from terselm.errors import ConfigError
-from terselm.train.choices import Template
-from terselm.train.examples import EncodedRecords
-from terselm.train.packing import collate, pack
-from terselm.train.templates import render
+from terselm.progress import Progress
+from terselm.statistics import CONFIDENCE, RESAMPLES, percentile_interval, resampled_sums
+from terselm.train.examples import EncodedRecords, render_record
+from terselm.train.packing import MODEL_INPUTS, collate, pack_examples
+from terselm.train.settings import Template
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +52,7 @@ class HeldOutText:
             tokens[prompt_of[example.record]] += example.counted.sum()
         for record in {example.record for example in text.examples}:
             text_bytes[prompt_of[record]] += len(records[record].response.encode())
-        raw = tuple("".join(astuple(render(record, Template.RAW))) for record in records)
+        raw = tuple("".join(astuple(render_record(record, Template.RAW))) for record in records)
         return cls(text, prompt_of, tokens, text_bytes, raw)
 
     def halves(self, seed: int) -> tuple[HeldOutText, HeldOutText]:
@@ -92,13 +90,13 @@ class HeldOutText:
 
 
 @torch.no_grad()  # inference mode would leave tensors behind that a sharded model cannot train with
-def score(
+def score_held_out(
     model: Any, held_out: HeldOutText, *, row_length: int, rows_per_pass: int, rank: int, processes: int
 ) -> NDArray[np.float64]:
     """Nats of each prompt's responses; every process scores its share and gets the whole.
 
     Args:
-        model: as `score_instead_of_logits` leaves it.
+        model: as `give_surprisals` leaves it.
         held_out: what to score.
         row_length: tokens in a packed row.
         rows_per_pass: rows scored at once by a process.
@@ -112,21 +110,24 @@ def score(
     nats = np.zeros(len(held_out.tokens))
     device = next(model.parameters()).device
     shape = (rows_per_pass, row_length) if device.type == "cuda" else None  # one shape to compile for
-    rows = pack(held_out.text.examples, row_length)
+    rows = pack_examples(held_out.text.examples, row_length)
     passes = math.ceil(math.ceil(len(rows) / processes) / rows_per_pass)  # as many in each: sharded models need it
     own = rows[rank::processes]
-    for index in tqdm(
-        range(passes), desc="scoring held-out text", leave=False, disable=rank > 0 or not sys.stderr.isatty()
-    ):
-        some = own[index * rows_per_pass : (index + 1) * rows_per_pass]
-        batch = collate(some or rows[:1], pad_id=0, shape=shape)
-        surprisals = model(**{name: batch[name].to(device) for name in ("input_ids", "position_ids", "labels")})
-        if not some:
+    bar = Progress(passes, "scoring held-out text", "pass") if rank == 0 else None
+    for index in range(passes):
+        mine = own[index * rows_per_pass : (index + 1) * rows_per_pass]
+        batch = collate(mine or rows[:1], shape=shape)
+        surprisals = model(**{name: batch[name].to(device) for name in MODEL_INPUTS})
+        if bar is not None:
+            bar.update()
+        if not mine:
             continue  # it was for the others
-        examples = [example for row in some for example in row]
+        examples = [example for row in mine for example in row]
         counts = [int(example.counted.sum()) for example in examples]
         for example, part in zip(examples, torch.split(surprisals.double().cpu(), counts), strict=True):
             nats[held_out.prompt_of[example.record]] += part.sum().item()
+    if bar is not None:
+        bar.close()
     if processes == 1:
         return nats
     from accelerate.utils import gather_object
@@ -134,7 +135,7 @@ def score(
     return np.asarray(np.sum(gather_object([nats]), axis=0))
 
 
-def compare(
+def compare_scores(
     held_out: HeldOutText, before: NDArray[np.float64], after: NDArray[np.float64], seed: int
 ) -> dict[str, Any]:
     """Both measures before and after, and the difference in bits per byte with its 95% confidence interval.

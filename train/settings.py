@@ -1,26 +1,111 @@
-"""Every setting of an alignment run, with its unit; see ``configs/align/`` for whole examples."""
+"""Every setting of an alignment run, with its unit and what it can be; ``configs/align/`` has whole examples."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
-from terselm.errors import ConfigError
-from terselm.train.choices import Initialisation, LossOn, Method, Overlong, Precision, Schedule, Template, Tracker
+from terselm.config import refuse
+
+
+class Template(StrEnum):
+    """How a record becomes text."""
+
+    RAW = "raw"
+    """The messages and the response, with blank lines between: what the compressor reads."""
+    ALPACA = "alpaca"
+    """The instruction template of the LLMLingua paper."""
+
+
+class LossOn(StrEnum):
+    """Which tokens the loss counts."""
+
+    RESPONSE = "response"
+    ALL = "all"
+
+
+class Overlong(StrEnum):
+    """What becomes of a record longer than a row."""
+
+    SPLIT = "split"
+    """Cut into pieces that are read one by one; a piece without a counted token is left out."""
+    DROP = "drop"
+    """Left out."""
+
+
+class TrainingMethod(StrEnum):
+    """What is trained."""
+
+    LORA = "lora"
+    """An adapter on frozen weights."""
+    QLORA = "qlora"
+    """An adapter on frozen weights of 4 bits (arXiv:2305.14314), by bitsandbytes: a fraction of the memory, slower."""
+    FULL = "full"
+    """All weights, in float32; products as ``dtype`` says."""
+
+
+class Initialisation(StrEnum):
+    """First values of an adapter."""
+
+    ZERO = "zero"
+    """A as Kaiming, B zero: the model begins as its base."""
+    GAUSSIAN = "gaussian"
+    """A normal, B zero."""
+    ORTHOGONAL = "orthogonal"
+    """A and B orthogonal to each other, so that B·A is zero."""
+    PISSA = "pissa"
+    """The principal singular vectors of the weights, which keep the rest (arXiv:2404.02948)."""
+    OLORA = "olora"
+    """A QR decomposition of the weights, which keep the rest (arXiv:2406.01775)."""
+
+
+class Precision(StrEnum):
+    """Number format of the frozen weights and the matrix products; the adapter and the loss are float32."""
+
+    AUTO = "auto"
+    """bfloat16 where the hardware multiplies it fast, float32 elsewhere."""
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Tracker(StrEnum):
+    """Where the loss and the scores are sent while a run goes on."""
+
+    AUTO = "auto"
+    """TensorBoard if it is installed, else none."""
+    NONE = "none"
+    TENSORBOARD = "tensorboard"
+    """Files in ``tensorboard/`` of the run folder."""
+    WANDB = "wandb"
+    MLFLOW = "mlflow"
+    TRACKIO = "trackio"
+
+
+class Schedule(StrEnum):
+    """The learning rate after warm-up."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant_with_warmup"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """What is learnt from, and what is held out."""
+    """What is learnt from, and what is held out.
+
+    Attributes:
+        records: the target's output: a JSON Lines, Parquet, JSON or CSV file, a folder of a data set, or
+            ``hub:OWNER/NAME``.
+        mixture: in place of ``records``: sources, and how often an epoch sees each of their records. 2 is twice;
+            0.5 is half of them, drawn once.
+        max_length: tokens in a packed row, the start token of each record included.
+        overlong: what becomes of a record longer than ``max_length``.
+    """
 
     records: str = "data/sample/records.jsonl"
-    """The target's output: a JSON Lines, Parquet, JSON or CSV file, a folder of a data set, or ``hub:OWNER/NAME``."""
     mixture: dict[str, float] = field(default_factory=dict)
-    """In place of ``records``: sources, and how often an epoch sees each of their records. 2 is twice; 0.5 is half of
-    them, drawn once."""
     max_length: int = 1024
-    """Tokens in a packed row, the start token of each record included."""
     overlong: Overlong = Overlong.SPLIT
-    """What becomes of a record longer than ``max_length``."""
 
     def __post_init__(self) -> None:
         _refuse(
@@ -35,20 +120,24 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """Low-rank adapters on every linear layer but the output head (arXiv:2106.09685)."""
+    """Low-rank adapters on every linear layer but the output head (arXiv:2106.09685).
+
+    Attributes:
+        rank: r of the paper.
+        alpha: the update is scaled by alpha / rank.
+        dropout: share of the adapter's inputs set to zero, in [0, 1).
+        rank_stabilised: the update is scaled by alpha / √rank instead (arXiv:2312.03732), for ranks far above 16.
+        weight_decomposed: DoRA (arXiv:2402.09353): the length of each row of weights is learnt apart from its
+            direction; slower.
+        initialisation: first values.
+    """
 
     rank: int = 16
-    """r of the paper."""
     alpha: float = 32.0
-    """The update is scaled by alpha / rank."""
     dropout: float = 0.0
-    """Share of the adapter's inputs set to zero, in [0, 1)."""
     rank_stabilised: bool = False
-    """The update is scaled by alpha / √rank instead (arXiv:2312.03732), for ranks far above 16."""
     weight_decomposed: bool = False
-    """DoRA (arXiv:2402.09353): the length of each row of weights is learnt apart from its direction; slower."""
     initialisation: Initialisation = Initialisation.ZERO
-    """First values."""
 
     def __post_init__(self) -> None:
         _refuse(
@@ -70,26 +159,32 @@ class LoraSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSettings:
-    """What is minimised: a weighted sum, each part a mean over its own units."""
+    """What is minimised: a weighted sum, each part a mean over its own units.
+
+    Attributes:
+        nll: weight of −log p of the counted tokens: all that can be learnt from text alone.
+        matching: weight of surprisal matching: smooth-L1 between the surprisals of words under small LM and target.
+        ranking: weight of ranking the words that the target would keep above those that it would drop.
+        divergence: weight of the KL divergence from the target's likeliest tokens; small LM and target share a
+            vocabulary.
+        target: the target LLM if it can be loaded here (an alias, a folder or a hub id): it reads the texts before
+            training.
+        log_probabilities: parquet file of the target's log-probabilities of the records' texts, where it cannot be
+            loaded.
+        top_k: likeliest tokens that ``divergence`` compares.
+        turning_point: nats at which ``matching`` turns from squared to absolute error.
+        near_threshold: extra weight of the words that the target would hardly keep or hardly drop, in ``matching``.
+    """
 
     nll: float = 1.0
-    """Weight of −log p of the counted tokens: all that can be learnt from text alone."""
     matching: float = 0.0
-    """Weight of surprisal matching: smooth-L1 between the surprisals of words under small LM and target."""
     ranking: float = 0.0
-    """Weight of ranking the words that the target would keep above those that it would drop."""
     divergence: float = 0.0
-    """Weight of the KL divergence from the target's likeliest tokens; small LM and target share a vocabulary."""
     target: str = ""
-    """The target LLM if it can be loaded here (an alias, a folder or a hub id): it reads the texts before training."""
     log_probabilities: str = ""
-    """Parquet file of the target's log-probabilities of the records' texts, where it cannot be loaded."""
     top_k: int = 32
-    """Likeliest tokens that ``divergence`` compares."""
     turning_point: float = 1.0
-    """Nats at which ``matching`` turns from squared to absolute error."""
     near_threshold: float = 0.0
-    """Extra weight of the words that the target would hardly keep or hardly drop, in ``matching``."""
 
     def __post_init__(self) -> None:
         weights = {name: getattr(self, name) for name in ("nll", "matching", "ranking", "divergence")}
@@ -115,24 +210,27 @@ class ObjectiveSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimisationSettings:
-    """AdamW and its schedule."""
+    """AdamW and its schedule.
+
+    Attributes:
+        epochs: passes over the training rows; rounded to whole steps, at least one.
+        rows_per_step: packed rows in one optimiser step, over all processes.
+        rows_per_pass: packed rows that one process takes through the model at once.
+        learning_rate: its peak.
+        schedule: the learning rate after warm-up.
+        warmup: share of the steps in which the learning rate rises to its peak, in [0, 1].
+        weight_decay: AdamW's, per unit of learning rate.
+        max_grad_norm: gradients are scaled down to this Euclidean norm; 0 leaves them as they are.
+    """
 
     epochs: float = 1.0
-    """Passes over the training rows; rounded to whole steps, at least one."""
     rows_per_step: int = 8
-    """Packed rows in one optimiser step, over all processes."""
     rows_per_pass: int = 1
-    """Packed rows that one process takes through the model at once."""
     learning_rate: float = 2e-4
-    """Its peak."""
     schedule: Schedule = Schedule.COSINE
-    """The learning rate after warm-up."""
     warmup: float = 0.05
-    """Share of the steps in which the learning rate rises to its peak, in [0, 1]."""
     weight_decay: float = 0.0
-    """AdamW's, per unit of learning rate."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this Euclidean norm; 0 leaves them as they are."""
 
     def __post_init__(self) -> None:
         _refuse(
@@ -151,27 +249,35 @@ class OptimisationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """How fast, and in how much memory; changes no result but by rounding."""
+    """How fast, and in how much memory; changes no result but by rounding.
+
+    Attributes:
+        compile: compile the decoder layers: ten to twenty seconds at the start, on GPUs alone; twice as fast after
+            that.
+        recompute: recompute each layer's activations in the backward pass: a third slower, in a fraction of the
+            memory.
+    """
 
     compile: bool = False
-    """Compile the decoder layers: ten to twenty seconds at the start, on GPUs alone; twice as fast after that."""
     recompute: bool = False
-    """Recompute each layer's activations in the backward pass: a third slower, in a fraction of the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """Held-out text, scored before and after."""
+    """Held-out text, scored before and after.
+
+    Attributes:
+        held_out: expected share of the prompts that is never trained on, in (0, 1).
+        rows_per_pass: packed rows that one process scores at once.
+        every: optimiser steps between two scorings that choose the best weights; 0 keeps the last. Half of the
+            held-out prompts then choose, and only the other half is reported on.
+        patience: scorings in a row without a new best after which training ends; 0 never ends early.
+    """
 
     held_out: float = 0.1
-    """Expected share of the prompts that is never trained on, in (0, 1)."""
     rows_per_pass: int = 4
-    """Packed rows that one process scores at once."""
     every: int = 0
-    """Optimiser steps between two scorings that choose the best weights; 0 keeps the last. Half of the held-out
-    prompts then choose, and only the other half is reported on."""
     patience: int = 0
-    """Scorings in a row without a new best after which training ends; 0 never ends early."""
 
     def __post_init__(self) -> None:
         _refuse(
@@ -188,32 +294,43 @@ class EvaluationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSettings:
-    """What the report compares with, besides bits per byte."""
+    """What the report compares with, besides bits per byte.
+
+    Attributes:
+        target: the target LLM, if it can be loaded here: an alias, a folder or a hub id; else empty.
+        texts: held-out texts whose words are compared with the target's, at most.
+    """
 
     target: str = ""
-    """The target LLM, if it can be loaded here: an alias, a folder or a hub id; else empty."""
     texts: int = 200
-    """Held-out texts whose words are compared with the target's, at most."""
 
     def __post_init__(self) -> None:
         _refuse((self.texts < 1, f"report.texts is {self.texts}; expected at least 1"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignConfig:
-    """One alignment run."""
+class AlignSettings:
+    """One alignment run.
+
+    Attributes:
+        model: the small LM: an alias, a folder or a hub id.
+        run_dir: folder for the adapter or the model, the metrics and the checkpoints.
+        method: what is trained; ``lora`` holds the settings of the adapters.
+        template: how a record becomes text.
+        loss_on: which tokens the loss counts; held-out text is always scored on the response.
+        tracker: where the loss and the scores are sent while the run goes on.
+        dtype: number format of the frozen weights and the matrix products.
+        seed: of the held-out split, the order of the rows, and the adapter's first values.
+        log_every: optimiser steps between two entries of the loss history.
+        save_every: optimiser steps between two checkpoints.
+    """
 
     model: str = "smollm2-135m"
-    """The small LM: an alias, a folder or a hub id."""
     run_dir: str = "runs/align"
-    """Folder for the adapter or the model, the metrics and the checkpoints."""
-    method: Method = Method.LORA
-    """What is trained; ``lora`` holds the settings of the adapters."""
+    method: TrainingMethod = TrainingMethod.LORA
     data: DataSettings = field(default_factory=DataSettings)
     template: Template = Template.RAW
-    """How a record becomes text."""
     loss_on: LossOn = LossOn.RESPONSE
-    """Which tokens the loss counts; held-out text is always scored on the response."""
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
     optimisation: OptimisationSettings = field(default_factory=OptimisationSettings)
@@ -221,22 +338,17 @@ class AlignConfig:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
     tracker: Tracker = Tracker.AUTO
-    """Where the loss and the scores are sent while the run goes on."""
     dtype: Precision = Precision.AUTO
-    """Number format of the frozen weights and the matrix products."""
     seed: int = 0
-    """Of the held-out split, the order of the rows, and the adapter's first values."""
     log_every: int = 5
-    """Optimiser steps between two entries of the loss history."""
     save_every: int = 50
-    """Optimiser steps between two checkpoints."""
 
     def __post_init__(self) -> None:
         _refuse(
             (not self.model.strip(), "model is empty; expected an alias, a folder or a hub id"),
             (not self.run_dir.strip(), "run_dir is empty; expected a folder"),
             (
-                self.method is Method.QLORA and self.lora.changes_base,
+                self.method is TrainingMethod.QLORA and self.lora.changes_base,
                 f"lora.initialisation={self.lora.initialisation} decomposes weights, which method=qlora rounds to 4 "
                 "bits; choose zero, gaussian or orthogonal",
             ),
@@ -247,6 +359,5 @@ class AlignConfig:
 
 
 def _refuse(*checks: tuple[bool, str]) -> None:
-    """Raise one ConfigError that reports every check whose condition holds."""
-    if problems := [message for wrong, message in checks if wrong]:
-        raise ConfigError("; ".join(problems))
+    """One error for all checks whose condition holds."""
+    refuse(fault for wrong, fault in checks if wrong)

@@ -1,0 +1,225 @@
+"""The model that is trained: loaded as the method needs it, made trainable, gathered from all processes, and saved."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from terselm.errors import CheckpointError, ConfigError, ModelError
+from terselm.extras import first_line
+from terselm.models import CausalLM, load_causal_lm, load_tokenizer, resolve
+from terselm.train.settings import AlignSettings, Initialisation, LoraSettings, TrainingMethod
+
+_FIRST = "terselm_first_values"  # attribute of a model whose base has lost them
+
+
+def load_small_lm(settings: AlignSettings, device: torch.device, precision: torch.dtype) -> CausalLM:
+    """The base.
+
+    Args:
+        settings: name it.
+        device: to put it on.
+        precision: of the frozen weights and the products; weights that are trained are float32 all the same.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        ConfigError: 4 bits where bitsandbytes or a GPU is missing.
+    """
+    match settings.method:
+        case TrainingMethod.QLORA:
+            return _load_in_4_bits(settings.model, device, precision)
+        case TrainingMethod.FULL:
+            precision = torch.float32
+    return load_causal_lm(settings.model, device=str(device), dtype=str(precision).removeprefix("torch."))
+
+
+def make_trainable(lm: Any, settings: AlignSettings) -> Any:
+    """The model with what the method trains, and nothing else, asking for gradients."""
+    return lm.requires_grad_(True) if settings.method is TrainingMethod.FULL else add_adapter(lm, settings.lora)
+
+
+def save_trained(
+    model: Any, folder: Path, *, settings: AlignSettings, tokenizer: Any, weights: dict[str, Tensor]
+) -> None:
+    """Write the adapter, or the whole model with its tokenizer.
+
+    Args:
+        model: as `make_trainable` gave it.
+        folder: to write into.
+        settings: of the run.
+        tokenizer: of the model.
+        weights: as `gather_trained` gives them.
+    """
+    if settings.method is not TrainingMethod.FULL:
+        save_adapter(model, folder, base=settings.model, weights=weights)
+        return
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+    model.save_pretrained(folder, state_dict={**weights, **buffers})
+    tokenizer.save_pretrained(folder)
+
+
+def add_adapter(lm: Any, settings: LoraSettings) -> Any:
+    """A PEFT model with float32 adapters on every linear layer but the output head; the base is frozen.
+
+    Raises:
+        ConfigError: the rank is too high for the initialisation.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        use_rslora=settings.rank_stabilised,
+        use_dora=settings.weight_decomposed,
+        init_lora_weights=True if settings.initialisation is Initialisation.ZERO else settings.initialisation.value,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        model = get_peft_model(lm, lora)  # float32 whatever the base is
+    except (RuntimeError, ValueError) as error:
+        if settings.initialisation is Initialisation.ZERO:
+            raise
+        raise ConfigError(
+            f"lora.initialisation={settings.initialisation} does not work with {type(lm).__name__}: {first_line(error)}"
+        ) from None
+    if settings.changes_base:
+        first = {name: w.detach().to("cpu", copy=True) for name, w in model.named_parameters() if w.requires_grad}
+        if (most := min(map(min, (w.shape for w in first.values())))) < settings.rank:
+            raise ConfigError(
+                f"lora.rank is {settings.rank}; lora.initialisation={settings.initialisation} gives the weights of "
+                f"{type(lm).__name__} a rank of at most {most}"
+            )
+        setattr(model, _FIRST, first)
+    if lm.dtype != torch.float32:
+        _leave_casts_to_autocast(model)
+    return model
+
+
+def save_adapter(model: Any, folder: Path, base: str, weights: dict[str, Tensor]) -> None:
+    """Write the adapter; it names its base as the user did, so that it works on another machine.
+
+    Args:
+        model: a PEFT model.
+        folder: to write into.
+        base: the model that was aligned, as the user named it.
+        weights: as `gather_trained` gives them.
+    """
+    settings = model.peft_config["default"]
+    settings.base_model_name_or_path = base
+    if (first := getattr(model, _FIRST, None)) is not None:
+        weights = _difference(weights, first)
+        _double_rank(settings)
+    # "auto" would ask the hub about the base model's vocabulary, which an adapter cannot change.
+    model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+
+
+@torch.no_grad()
+def gather_trained(model: Any, *, keep: bool = True) -> dict[str, Tensor]:
+    """The trained weights, whole, on the CPU; every process has to call it.
+
+    One weight at a time, so that no process needs memory for more: DDP holds them whole, FSDP2 as DTensors, ZeRO-3 as
+    empty tensors that DeepSpeed fills for a moment.
+
+    Args:
+        model: with what was trained.
+        keep: whether this process is to have them; the others get nothing, for which they need no memory.
+
+    Raises:
+        CheckpointError: a weight stayed empty.
+    """
+    trained = {}
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
+        with _whole(weight) as whole:
+            if keep:
+                trained[name] = whole.detach().to("cpu", copy=True)
+    if empty := [name for name, weight in trained.items() if not weight.numel()]:
+        raise CheckpointError(f"{len(empty)} trained weights came back empty, such as {empty[0]}; nothing was written")
+    return trained
+
+
+def _load_in_4_bits(name: str, device: torch.device, precision: torch.dtype) -> CausalLM:
+    from importlib.util import find_spec
+
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError("method=qlora needs bitsandbytes; run: pip install 'terselm[qlora]', or set method=lora")
+    if device.type == "cpu":
+        raise ConfigError("method=qlora needs a GPU, and there is none; set method=lora")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=precision,
+    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve(name),
+            quantization_config=quantisation,
+            device_map={"": device},
+            dtype=precision,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelError(f"cannot load {name!r} in 4 bits: {first_line(error)}") from None
+    return CausalLM(model=model.eval(), tokenizer=load_tokenizer(name), name=name)
+
+
+def _difference(weights: dict[str, Tensor], first: dict[str, Tensor]) -> dict[str, Tensor]:
+    """B·A − B₀·A₀ as one adapter of twice the rank, [B, −B₀]·[A; A₀]: what it adds to the base as it was."""
+    difference = {}
+    for name, weight in weights.items():
+        is_a = "lora_A" in name
+        parts = [weight, first[name] if is_a else -first[name]]
+        difference[name] = torch.cat(parts, dim=0 if is_a else 1)
+    return difference
+
+
+def _double_rank(settings: Any) -> None:
+    """With the same factor before B·A, for an adapter that is put on the base as it was."""
+    settings.lora_alpha *= 2**0.5 if settings.use_rslora else 2
+    settings.r *= 2
+    settings.init_lora_weights = True
+
+
+def _leave_casts_to_autocast(model: Any) -> None:
+    """Without this PEFT casts each layer's input to float32, only for autocast to cast it back."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
+
+
+def _whole(weight: Any) -> Any:
+    """A context that gives the weight with all its parts."""
+    if hasattr(weight, "ds_id"):  # DeepSpeed ZeRO-3
+        import deepspeed
+
+        return _Gathered(weight, deepspeed.zero.GatheredParameters([weight]))
+    return nullcontext(weight.full_tensor() if hasattr(weight, "full_tensor") else weight)
+
+
+class _Gathered:
+    """DeepSpeed's context, which gives nothing, as one that gives the weight."""
+
+    def __init__(self, weight: Tensor, context: Any) -> None:
+        self._weight = weight
+        self._context = context
+
+    def __enter__(self) -> Tensor:
+        self._context.__enter__()
+        return self._weight
+
+    def __exit__(self, *raised: Any) -> None:
+        self._context.__exit__(*raised)
