@@ -333,12 +333,13 @@ def _clear_hub_errors(consequence: str) -> Iterator[None]:
         if status in (401, 403):
             reason = f"the hub refused the token ({status}): it must be valid and may write there"
         raise CheckpointError(f"{reason}; {consequence}") from None
-    except (*_transport_errors(), OSError, RuntimeError) as error:
+    except _transport_errors() as error:
         raise CheckpointError(
             f"the hub at {constants.ENDPOINT} cannot be reached ({first_line(error)}); {consequence}"
         ) from None
 
 
-def _transport_errors() -> list[type[Exception]]:
-    """Of the library that the hub's client speaks HTTP with: httpx until its version 1, httpx2 since 2."""
-    return [sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules]
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises for a broken line; it speaks HTTP through httpx in its version 1, httpx2 in 2."""
+    libraries = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
+    return (OSError, RuntimeError, *(library.HTTPError for library in libraries))

@@ -51,17 +51,17 @@ def folders(cache: Path) -> list[Path]:
     return [path for path in cache.iterdir() if path.is_dir()]
 
 
-def example(examples_of_epoch: np.random.Generator, guided: bool, top_k: int, record: int) -> Example:
-    size, words = int(examples_of_epoch.integers(1, 9)), int(examples_of_epoch.integers(0, 4))
+def example(draw: np.random.Generator, guided: bool, top_k: int, record: int) -> Example:
+    size, words = int(draw.integers(1, 9)), int(draw.integers(0, 4))
     guide = Guide(
-        words=examples_of_epoch.integers(-1, max(1, words), size).astype(np.int32),
-        nats=examples_of_epoch.random(words).astype(np.float32),
-        top_ids=examples_of_epoch.integers(0, 9, (size, top_k)).astype(np.int32) if top_k else None,
-        top_logprobs=examples_of_epoch.random((size, top_k)).astype(np.float32) if top_k else None,
+        words=draw.integers(-1, max(1, words), size).astype(np.int32),
+        nats=draw.random(words).astype(np.float32),
+        top_ids=draw.integers(0, 9, (size, top_k)).astype(np.int32) if top_k else None,
+        top_logprobs=draw.random((size, top_k)).astype(np.float32) if top_k else None,
     )
     return Example(
-        examples_of_epoch.integers(0, 2**31, size),
-        examples_of_epoch.random(size) < 0.5,
+        draw.integers(0, 2**31, size),
+        draw.random(size) < 0.5,
         record,
         guide if guided else None,
     )
@@ -123,6 +123,13 @@ def test_other_content_or_settings_are_other_texts(lm: CausalLM, tmp_path: Path,
     assert len(folders(cache)) == 3
     assert all(record.response.startswith("sort") for record in _held_out(cache))
     assert changed.records + len(changed.held_out.prompt_of) == 30
+
+
+def test_nothing_left_is_an_error(lm: CausalLM, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "one " * i, "completion": "two"}) + "\n" for i in range(80, 110)))
+    with pytest.raises(ConfigError, match=r"none of \d+ records.*data\.max_length"):
+        prepare_texts(config(path, overlong=Overlong.DROP), lm)
 
 
 def _held_out(cache: Path) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Commands on finished runs: ``report``, ``publish``, ``verify``."""
+"""Commands on runs: ``align`` makes one; ``report``, ``publish`` and ``verify`` work on finished ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import typer
 
 from terselm.cli.app import app, need, quieten_transformers
 from terselm.errors import ConfigError
+from terselm.train.align import align
+
+app.command()(align)  # the very command of train/align.py
 
 
 @app.command()
