@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from terselm.data.records import refuse_empty_side
-from terselm.data.sources.rows import HUB
+from terselm.data.rows import HUB
 from terselm.errors import ConfigError, DataFormatError
 from terselm.extras import first_line
 from terselm.models import ALIASES, CausalLM, load_causal_lm, resolve
