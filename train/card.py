@@ -28,20 +28,21 @@ print(compressor.compress(instruction="…", demonstrations=["…"], question="�
 
 ## How well it predicts the target
 
-Held-out responses ({records} to {prompts} prompts that it was not trained on, {text_bytes:,} bytes):
+Held-out responses ({scored[records]} to {scored[prompts]} prompts that it was not trained on, {scored[bytes]:,} bytes):
 
 | | before | after | difference (95% interval) |
 |---|---|---|---|
-| bits per byte | {bpb_before:.4f} | {bpb_after:.4f} | {bpb_difference:+.4f} ({low:+.4f} to {high:+.4f}) |
-| nats per token | {nll_before:.4f} | {nll_after:.4f} | {nll_difference:+.4f} |
+| bits per byte | {before[bits_per_byte]:.4f} | {after[bits_per_byte]:.4f} \
+| {change[bits_per_byte]:+.4f} ({low:+.4f} to {high:+.4f}) |
+| nats per token | {before[nll_per_token]:.4f} | {after[nll_per_token]:.4f} | {change[nll_per_token]:+.4f} |
 
 The interval is a paired bootstrap over prompts. {verdict}
 {words}
 ## How it was made
 
-{method} on {training_records:,} records ({tokens_seen:,} tokens seen in {steps} steps){merged}. `config.yaml` \
-holds every setting, `metrics.json` the loss history, `provenance.json` the hashes of base, data and files, versions \
-and hardware.
+{method} on {data[training_records]:,} records ({training[tokens_seen]:,} tokens seen in {training[steps]} \
+steps){merged}. `config.yaml` holds every setting, `metrics.json` the loss history, `provenance.json` the hashes of \
+base, data and files, versions and hardware.
 
 ## Limits and licence
 
@@ -79,8 +80,8 @@ def model_card(
     """
     from huggingface_hub import ModelCardData
 
-    held_out, difference = metrics["held_out"], metrics["held_out"]["difference"]
-    low, high = difference["bits_per_byte_interval"]
+    held_out = metrics["held_out"]
+    low, high = held_out["difference"]["bits_per_byte_interval"]
     license_id = _license(base)
     method = metrics.get("method", "lora")
     data = ModelCardData(
@@ -100,22 +101,16 @@ def model_card(
         kind=_ADAPTER if adapter_only else _MERGED,
         base=base,
         targets=", ".join(f"`{target}`" for target in metrics["data"]["targets"]) or "an unnamed model",
-        records=held_out["records"],
-        prompts=held_out["prompts"],
-        text_bytes=held_out["bytes"],
-        bpb_before=held_out["before"]["bits_per_byte"],
-        bpb_after=held_out["after"]["bits_per_byte"],
-        bpb_difference=difference["bits_per_byte"],
+        scored=held_out,
+        before=held_out["before"],
+        after=held_out["after"],
+        change=held_out["difference"],
+        data=metrics["data"],
+        training=metrics["training"],
         low=low,
         high=high,
-        nll_before=held_out["before"]["nll_per_token"],
-        nll_after=held_out["after"]["nll_per_token"],
-        nll_difference=difference["nll_per_token"],
         verdict=_verdict(low, high),
         words=_WORDS.format(summary=summary(report)) if report is not None and report["words"] is not None else "",
-        training_records=metrics["data"]["training_records"],
-        tokens_seen=metrics["training"]["tokens_seen"],
-        steps=metrics["training"]["steps"],
         licence=f" ({license_id})" if license_id else "",
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body}"

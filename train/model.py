@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -201,25 +202,13 @@ def _leave_casts_to_autocast(model: Any) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def _whole(weight: Any) -> Any:
-    """A context that gives the weight with all its parts."""
+@contextmanager
+def _whole(weight: Any) -> Iterator[Tensor]:
+    """The weight with all its parts."""
     if hasattr(weight, "ds_id"):  # DeepSpeed ZeRO-3
         import deepspeed
 
-        return _Gathered(weight, deepspeed.zero.GatheredParameters([weight]))
-    return nullcontext(weight.full_tensor() if hasattr(weight, "full_tensor") else weight)
-
-
-class _Gathered:
-    """DeepSpeed's context, which gives nothing, as one that gives the weight."""
-
-    def __init__(self, weight: Tensor, context: Any) -> None:
-        self._weight = weight
-        self._context = context
-
-    def __enter__(self) -> Tensor:
-        self._context.__enter__()
-        return self._weight
-
-    def __exit__(self, *raised: Any) -> None:
-        self._context.__exit__(*raised)
+        with deepspeed.zero.GatheredParameters([weight]):
+            yield weight
+    else:
+        yield weight.full_tensor() if hasattr(weight, "full_tensor") else weight

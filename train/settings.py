@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from terselm.config import refuse
+
+_Bound = tuple[Callable[[float], bool], str]
+_FROM_0: _Bound = (lambda value: value >= 0, "at least 0")
+_FROM_1: _Bound = (lambda value: value >= 1, "at least 1")
+_ABOVE_0: _Bound = (lambda value: value > 0, "more than 0")
+_BELOW_1: _Bound = (lambda value: 0 < value < 1, "more than 0 and below 1")
+_SHARE: _Bound = (lambda value: 0 <= value <= 1, "a share in [0, 1]")
 
 
 class Template(StrEnum):
@@ -141,8 +149,7 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         _refuse(
-            (self.rank < 1, f"lora.rank is {self.rank}; expected at least 1"),
-            (not self.alpha > 0, f"lora.alpha is {self.alpha}; expected more than 0"),
+            *_out_of_bounds("lora.", self, rank=_FROM_1, alpha=_ABOVE_0),
             (not 0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; expected at least 0 and below 1"),
             (
                 self.weight_decomposed and self.changes_base,
@@ -190,16 +197,14 @@ class ObjectiveSettings:
         weights = {name: getattr(self, name) for name in ("nll", "matching", "ranking", "divergence")}
         asks = [f"objective.{name}" for name in ("matching", "ranking", "divergence") if weights[name] > 0]
         _refuse(
-            *((weight < 0, f"objective.{name} is {weight}; expected at least 0") for name, weight in weights.items()),
+            *_out_of_bounds("objective.", self, **dict.fromkeys(weights, _FROM_0)),
             (not any(weights.values()), "all weights of objective are 0; expected one above 0"),
             (
                 bool(asks) and bool(self.target) == bool(self.log_probabilities),
                 f"{', '.join(asks)} compares with the target; set objective.target to a model that can be loaded here, "
                 "or objective.log_probabilities to a file of what it thinks",
             ),
-            (self.top_k < 1, f"objective.top_k is {self.top_k}; expected at least 1"),
-            (not self.turning_point > 0, f"objective.turning_point is {self.turning_point}; expected more than 0"),
-            (self.near_threshold < 0, f"objective.near_threshold is {self.near_threshold}; expected at least 0"),
+            *_out_of_bounds("objective.", self, top_k=_FROM_1, turning_point=_ABOVE_0, near_threshold=_FROM_0),
         )
 
     @property
@@ -234,16 +239,9 @@ class OptimisationSettings:
 
     def __post_init__(self) -> None:
         _refuse(
-            (not self.epochs > 0, f"optimisation.epochs is {self.epochs}; expected more than 0"),
-            (self.rows_per_step < 1, f"optimisation.rows_per_step is {self.rows_per_step}; expected at least 1"),
-            (self.rows_per_pass < 1, f"optimisation.rows_per_pass is {self.rows_per_pass}; expected at least 1"),
-            (
-                not 0 < self.learning_rate < 1,
-                f"optimisation.learning_rate is {self.learning_rate}; expected more than 0 and below 1",
-            ),
-            (not 0 <= self.warmup <= 1, f"optimisation.warmup is {self.warmup}; expected a share in [0, 1]"),
-            (self.weight_decay < 0, f"optimisation.weight_decay is {self.weight_decay}; expected at least 0"),
-            (self.max_grad_norm < 0, f"optimisation.max_grad_norm is {self.max_grad_norm}; expected at least 0"),
+            *_out_of_bounds("optimisation.", self, epochs=_ABOVE_0, rows_per_step=_FROM_1, rows_per_pass=_FROM_1),
+            *_out_of_bounds("optimisation.", self, learning_rate=_BELOW_1, warmup=_SHARE),
+            *_out_of_bounds("optimisation.", self, weight_decay=_FROM_0, max_grad_norm=_FROM_0),
         )
 
 
@@ -281,11 +279,7 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         _refuse(
-            (
-                not 0 < self.held_out < 1,
-                f"evaluation.held_out is {self.held_out}; expected a share above 0 and below 1",
-            ),
-            (self.rows_per_pass < 1, f"evaluation.rows_per_pass is {self.rows_per_pass}; expected at least 1"),
+            *_out_of_bounds("evaluation.", self, held_out=_BELOW_1, rows_per_pass=_FROM_1),
             (self.every < 0, f"evaluation.every is {self.every}; expected a number of steps, or 0"),
             (self.patience < 0, f"evaluation.patience is {self.patience}; expected a number of scorings, or 0"),
             (self.patience > 0 and not self.every, "evaluation.patience needs evaluation.every; set it to some steps"),
@@ -305,7 +299,7 @@ class ReportSettings:
     texts: int = 200
 
     def __post_init__(self) -> None:
-        _refuse((self.texts < 1, f"report.texts is {self.texts}; expected at least 1"))
+        _refuse(*_out_of_bounds("report.", self, texts=_FROM_1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,10 +346,15 @@ class AlignSettings:
                 f"lora.initialisation={self.lora.initialisation} decomposes weights, which method=qlora rounds to 4 "
                 "bits; choose zero, gaussian or orthogonal",
             ),
-            (self.seed < 0, f"seed is {self.seed}; expected at least 0"),
-            (self.log_every < 1, f"log_every is {self.log_every}; expected at least 1 step"),
-            (self.save_every < 1, f"save_every is {self.save_every}; expected at least 1 step"),
+            *_out_of_bounds("", self, seed=_FROM_0, log_every=_FROM_1, save_every=_FROM_1),
         )
+
+
+def _out_of_bounds(prefix: str, settings: object, **bounds: _Bound) -> Iterator[tuple[bool, str]]:
+    """A check of each of these numbers."""
+    for name, (holds, expected) in bounds.items():
+        value = getattr(settings, name)
+        yield not holds(value), f"{prefix}{name} is {value}; expected {expected}"
 
 
 def _refuse(*checks: tuple[bool, str]) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -257,7 +258,22 @@ class ExampleWriter:
                 self._files[name].write(np.ascontiguousarray(columns[name], dtype=_KINDS[name]).tobytes())
 
 
-class ExampleStore(Sequence[Example]):
+class _LazyExamples(Sequence[Example]):
+    """Reads an example when it is asked for."""
+
+    @abstractmethod
+    def example(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        places = range(len(self))[index]
+        return self.example(places) if isinstance(places, int) else [self.example(place) for place in places]
+
+
+class ExampleStore(_LazyExamples):
     """What an `ExampleWriter` wrote.
 
     Attributes:
@@ -284,14 +300,7 @@ class ExampleStore(Sequence[Example]):
             return np.zeros(0, dtype=np.int64)
         return np.add.reduceat(self._columns["counted"], self._starts[:-1], dtype=np.int64)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def example(self, index: int) -> Example:
         tokens = slice(self._starts[index], self._starts[index + 1])
         return Example(
             ids=self._columns["ids"][tokens].astype(np.int64),
@@ -306,7 +315,7 @@ class ExampleStore(Sequence[Example]):
         return Guide(words=np.array(self._columns["words"][tokens]), nats=np.array(nats), **part)
 
 
-class StoredRow(Sequence[Example]):
+class StoredRow(_LazyExamples):
     """A packed row that reads its examples when it is asked for them."""
 
     def __init__(self, store: ExampleStore, places: Sequence[int]) -> None:
@@ -316,14 +325,8 @@ class StoredRow(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self._store[place] for place in self._places[index]]
-        return self._store[self._places[index]]
+    def example(self, index: int) -> Example:
+        return self._store.example(self._places[index])
 
 
 def _mapped(path: Path) -> NDArray[np.generic]:

@@ -53,3 +53,10 @@ def test_the_resolved_config_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
     assert load_config(AlignSettings, path) == config
+
+
+def test_all_faults_of_a_section_are_named_at_once() -> None:
+    faults = [f"optimisation.{fault}" for fault in ("epochs=0", "warmup=2", "rows_per_step=0")]
+    with pytest.raises(ConfigError) as raised:
+        load_config(AlignSettings, None, faults)
+    assert all(f"{fault.split('=')[0]} is " in str(raised.value) for fault in faults)

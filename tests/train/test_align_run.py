@@ -240,3 +240,24 @@ def test_it_runs_from_another_folder(finished: Script, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
     assert "--config" in done.stdout
+
+
+def test_the_command_is_the_script(make_script: MakeScript, tmp_path: Path, finished: Script) -> None:
+    """`terselm align` in a process of its own: the same adapter as the script's, and the same words for a mistake."""
+    script = make_script(tmp_path)
+    command = [sys.executable, "-m", "terselm", "align", str(script.config)]
+    done = subprocess.run([*command, "tracker=none"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    same_result(script, finished)
+    assert main(script.command("seed=1")[1:]) == 2
+    wrong = subprocess.run([*command, "seed=1"], capture_output=True, text=True, check=False)
+    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+    assert "holds a finished run with other settings or data" in wrong.stderr
+
+
+def test_a_config_is_named_by_position_or_option(finished: Script, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(finished.config)]) == 0
+    assert main(["--config", str(finished.config), "--no-resume"]) == 0
+    assert capsys.readouterr().err.count("nothing to do") == 2
+    assert main(["seed=1"]) == 2
+    assert capsys.readouterr().err.startswith("error: no config file is named")

@@ -17,15 +17,6 @@ from terselm.train.objectives.nll import NegativeLogLikelihood
 from terselm.train.objectives.ranking import KeptWordRanking
 from terselm.train.settings import ObjectiveSettings
 
-__all__ = [
-    "KeptWordRanking",
-    "Mixture",
-    "NegativeLogLikelihood",
-    "Objective",
-    "SurprisalMatching",
-    "TailedDivergence",
-]
-
 
 class Mixture:
     """Σ_o w_o · total_o / units_o over the objectives o.

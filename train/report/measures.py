@@ -121,28 +121,18 @@ def compare_words(
         rhos = [spearman(ours, theirs) for ours, theirs in zip(words, target, strict=True)]
         return [0.0 if math.isnan(rho) else rho for rho in rhos]  # one value for every word orders nothing
 
-    measures = {
-        "spearman": Measure(
-            before=by_prompt(correlations(before)),
-            after=by_prompt(correlations(after)),
-            weight=by_prompt([1.0] * len(target)),
-            higher_is_better=True,
-            best=1.0,
-        )
-    }
+    def agreement(parts: Sequence[Sequence[float]], weight: Sequence[float]) -> Measure:
+        ours, ours_after = map(by_prompt, parts)
+        return Measure(before=ours, after=ours_after, weight=by_prompt(weight), higher_is_better=True, best=1.0)
+
+    measures = {"spearman": agreement([correlations(before), correlations(after)], [1.0] * len(target))}
     for ratio in RATIOS:
         kept = [len(most_surprising(words, 1 / ratio)) for words in target]
         common = [
             [kept_overlap(ours, theirs, 1 / ratio) * n for ours, theirs, n in zip(words, target, kept, strict=True)]
             for words in (before, after)
         ]
-        measures[f"kept_overlap_{ratio}x"] = Measure(
-            before=by_prompt(common[0]),
-            after=by_prompt(common[1]),
-            weight=by_prompt(kept),
-            higher_is_better=True,
-            best=1.0,
-        )
+        measures[f"kept_overlap_{ratio}x"] = agreement(common, kept)
     return measures
 
 

@@ -187,29 +187,22 @@ def _words(run: Path, settings: AlignSettings, target: str, measurement: Measure
     long = [text for text in texts if text.has_enough_words]
     if not long:
         raise CheckpointError(f"none of the {len(texts)} held-out texts of {run} has {LEAST_WORDS} words to compare")
-    measures = _measure(run, settings, target, measurement, long)
+    say(f"reading {len(long)} held-out texts with {settings.model}, {run} and {target}")
+    before, after, theirs = read_words(
+        [settings.model, str(run), target],
+        [text.text for text in long],
+        device=measurement.device,
+        dtype=measurement.dtype,
+    )
+    measures = compare_words(before, after, theirs, [text.prompt for text in long])
     return {
         "texts": len(long),
         "prompts": len({text.prompt for text in long}),
         "words": sum(len(text.text.split()) for text in long),
         "too_short": len(texts) - len(long),
         "dtype": measurement.dtype,
-        "measures": measures,
+        "measures": {name: measure.describe(settings.seed) for name, measure in measures.items()},
     }
-
-
-def _measure(
-    run: Path, settings: AlignSettings, target: str, measurement: Measurement, texts: list[ReportText]
-) -> dict[str, Any]:
-    say(f"reading {len(texts)} held-out texts with {settings.model}, {run} and {target}")
-    before, after, theirs = read_words(
-        [settings.model, str(run), target],
-        [text.text for text in texts],
-        device=measurement.device,
-        dtype=measurement.dtype,
-    )
-    measures = compare_words(before, after, theirs, [text.prompt for text in texts])
-    return {name: measure.describe(settings.seed) for name, measure in measures.items()}
 
 
 def _draw_page(report: dict[str, Any], loss_history: list[dict[str, Any]], path: Path) -> None:
