@@ -22,13 +22,7 @@ from terselm.models import load_tokenizer
 from terselm.progress import say
 from terselm.train.callbacks import MEASURE
 from terselm.train.fitting import DryRunEstimate, fewer_rows, find_fitting, is_out_of_memory
-from terselm.train.hardware import (
-    apply_engine,
-    join_processes,
-    pick_precision,
-    quieten_libraries,
-    share_out_cores,
-)
+from terselm.train.hardware import apply_engine, join_processes, pick_precision, quieten_libraries, share_out_cores
 from terselm.train.held_out import HeldOutText, compare_scores, score_held_out
 from terselm.train.model import gather_trained, load_small_lm, make_trainable, save_trained
 from terselm.train.provenance import describe_hardware, describe_versions, git_commit, weights_sha256
@@ -118,13 +112,8 @@ def _attempt(run: AlignmentRun, data_sha256: str, tell: Callable[[str], None], *
     held_out = compare_scores(run.reported, before, run.score(run.reported), settings.seed)
     weights = gather_trained(run.model, keep=run.state.is_main_process)
     if run.state.is_main_process:
-        metrics: dict[str, Any] = {
-            "model": settings.model,
-            "method": settings.method.value,
-            "held_out": held_out,
-            "training": training,
-        }
-        metrics |= run.circumstances(data_sha256)
+        metrics: dict[str, Any] = {"model": settings.model, "method": settings.method.value}
+        metrics |= {"held_out": held_out, "training": training, **run.circumstances(data_sha256)}
         metrics["seconds"] = time.perf_counter() - started
         held_out_texts = run.reported.prompt_of, run.reported.raw
         with clear_disk_errors(folder.path, "the result could not be written; the checkpoints are kept"):
@@ -313,9 +302,11 @@ class AlignmentRun:
         }
 
     def _sources(self) -> dict[str, Any]:
-        mixture = self.settings.data.mixture
+        data = self.settings.data
         return (
-            {"records": " + ".join(mixture), "mixture": mixture} if mixture else {"records": self.settings.data.records}
+            {"records": " + ".join(data.mixture), "mixture": data.mixture}
+            if data.mixture
+            else {"records": data.records}
         )
 
     def introduction(self) -> str:

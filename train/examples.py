@@ -68,10 +68,8 @@ class Guide:
     def piece(self, part: slice) -> Guide:
         """The opinion on some of the tokens; words that lose a token are left out."""
         words = self.words[part]
-        whole = np.bincount(words[words >= 0], minlength=len(self.nats)) == np.bincount(
-            self.words[self.words >= 0], minlength=len(self.nats)
-        )
-        kept = np.flatnonzero(whole & (np.bincount(words[words >= 0], minlength=len(self.nats)) > 0))
+        here, everywhere = (np.bincount(w[w >= 0], minlength=len(self.nats)) for w in (words, self.words))
+        kept = np.flatnonzero((here > 0) & (here == everywhere))
         number = np.full(len(self.nats) + 1, NO_WORD, dtype=np.int32)  # the last stands for NO_WORD
         number[kept] = np.arange(len(kept))
         return Guide(

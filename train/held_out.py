@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from terselm.data.records import Record, prompt_hash
 from terselm.errors import ConfigError
 from terselm.progress import Progress
-from terselm.statistics import CONFIDENCE, RESAMPLES, percentile_interval, resampled_sums
+from terselm.statistics import CONFIDENCE, RESAMPLES, ratio
 from terselm.train.examples import EncodedRecords, render_record
 from terselm.train.packing import MODEL_INPUTS, collate, pack_examples
 from terselm.train.settings import Template
@@ -143,16 +143,14 @@ def compare_scores(
     The interval is that of the percentile bootstrap over prompts, paired: each resample takes the same prompts before
     and after (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
     """
-    columns = np.stack([(after - before) / math.log(2), held_out.text_bytes], axis=1)
-    gains, drawn_bytes = resampled_sums(columns, seed=seed).T
-    low, high = percentile_interval(gains[drawn_bytes > 0] / drawn_bytes[drawn_bytes > 0])
+    change = ratio((after - before) / math.log(2), held_out.text_bytes, seed=seed)
     return {
         "before": {"nll_per_token": held_out.nll_per_token(before), "bits_per_byte": held_out.bits_per_byte(before)},
         "after": {"nll_per_token": held_out.nll_per_token(after), "bits_per_byte": held_out.bits_per_byte(after)},
         "difference": {
             "nll_per_token": held_out.nll_per_token(after - before),
             "bits_per_byte": held_out.bits_per_byte(after - before),
-            "bits_per_byte_interval": [low, high],
+            "bits_per_byte_interval": [change.low, change.high],
             "confidence": CONFIDENCE,
             "resamples": RESAMPLES,
         },

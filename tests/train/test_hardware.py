@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
-from terselm.train.hardware import pick_precision
+from terselm.train.hardware import pick_precision, quieten_libraries
 from terselm.train.provenance import describe_hardware, describe_versions
 from terselm.train.settings import Precision
 
@@ -44,3 +45,16 @@ def test_a_launched_process_uses_every_core() -> None:
 def test_versions_and_hardware_are_named() -> None:
     assert {"python", "torch", "transformers", "peft", "accelerate"} <= describe_versions().keys()
     assert describe_hardware()["cpu"]
+
+
+def test_only_what_libraries_do_among_themselves_is_hidden() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quieten_libraries()
+        for module in ("transformers.modeling_utils", "terselm.train.trainer"):
+            warnings.warn_explicit("is deprecated", FutureWarning, "file.py", 1, module=module)
+            warnings.warn_explicit(f"{module} calls something deprecated", FutureWarning, "file.py", 1, module=module)
+    assert [str(one.message) for one in caught] == [
+        "is deprecated",
+        "terselm.train.trainer calls something deprecated",
+    ]
