@@ -96,6 +96,27 @@ def test_prompts_without_answers(tmp_path: Path, tiny: Path, monkeypatch: pytest
     assert all(row["answer"] for row in answered)
 
 
+def without_answers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: row[key] for key in row if key != "answer"} for row in rows]
+
+
+def test_another_file_of_prompts_is_not_the_first(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few(monkeypatch)
+    monkeypatch.setattr(tune_module, "_ANSWER_TOKENS", 8)
+    first = write(tmp_path / "a.jsonl", without_answers(ROWS))
+    out = tmp_path / "out"
+    tuned = tune(settings_for(first, tiny, budget="0.5", minutes=0.001), out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    changed = [{**row, "question": f"{row['question']} Say it."} for row in without_answers(ROWS)]
+    for rows in (changed, without_answers(ROWS)[:2]):
+        other = write(tmp_path / "b.jsonl", rows)
+        with pytest.raises(ConfigError, match="holds another evaluation"):
+            tune(settings_for(other, tiny, budget="0.5", minutes=0.001), out)
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    same = write(tmp_path / "c.jsonl", without_answers(ROWS))
+    assert tune(settings_for(same, tiny, budget="0.5", minutes=0.001), out).best == tuned.best
+
+
 def test_names_say_what_differs() -> None:
     names = [candidate.name for candidate in shapes()]
     assert names[0] == "terselm"
