@@ -15,10 +15,9 @@ from terselm import CompressionSettings, PromptCompressor
 from terselm.config import load_config
 from terselm.errors import ConfigError
 from terselm.evaluate import tune as tune_module
-from terselm.evaluate.candidates import Candidate, around, shapes
-from terselm.evaluate.runner import JOURNAL
-from terselm.evaluate.settings import TargetSettings
-from terselm.evaluate.tune import TuneSettings, tune
+from terselm.evaluate.measurements import JOURNAL
+from terselm.evaluate.settings import TargetSettings, TuneSettings
+from terselm.evaluate.tune import Candidate, around, shapes, tune
 
 ROWS = [
     {
@@ -134,7 +133,7 @@ def test_names_say_what_differs() -> None:
         ({}, "give exactly one of a budget and a quality"),
         ({"budget": "0.5", "quality": 0.5}, "give exactly one of a budget and a quality"),
         ({"quality": 1.5}, "quality is 1.5"),
-        ({"budget": "much"}, "budget 'much' is none"),
+        ({"budget": "much"}, "'much' is not a budget"),
         ({"budget": "300", "minutes": 0}, "minutes and questions must be above 0"),
     ],
 )
@@ -159,4 +158,4 @@ def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "budget '-1' is none" in done.stderr
+    assert "'-1' is not a budget" in done.stderr
