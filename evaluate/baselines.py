@@ -13,16 +13,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from terselm.compress.counter import Count, plain_backend
 from terselm.compress.prompt import Prompt
 from terselm.evaluate.items import full_text
 from terselm.evaluate.methods import Compressed
 from terselm.models import CausalLM
-from terselm.statistics import Floats, Ints
+from terselm.statistics import Ints
+
+if TYPE_CHECKING:
+    from terselm.models.scoring import RowScorer
 
 _WORD = re.compile(r"\s*\S+")
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*(?=\s)|\n|[。！？]")
@@ -248,7 +252,7 @@ class Surprisals:
 
     def __init__(self, open_lm: Callable[[], CausalLM]) -> None:
         self._open_lm = open_lm
-        self._known: dict[str, tuple[Ints, Floats]] = {}
+        self._known: dict[str, tuple[Ints, NDArray[np.float32]]] = {}
 
     def __call__(self, text: str, spans: Sequence[tuple[int, int]]) -> list[float]:
         """0 for a span in which no token begins."""
@@ -261,20 +265,23 @@ class Surprisals:
             means.append(float(inside.mean()) if len(inside) else 0.0)
         return means
 
-    def _read(self, text: str) -> tuple[Ints, Floats]:
+    def _read(self, text: str) -> tuple[Ints, NDArray[np.float32]]:
         """Where each token begins, and its surprisal."""
-        from terselm.models.scoring import Window, score_rows
+        from terselm.models.scoring import Window
 
         encoding = self._backend.encode(text, add_special_tokens=False)
-        starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
-        if not encoding.ids:
-            return starts, np.zeros(0)
-        ((_, scores),) = score_rows(self._lm, [encoding.ids], window=Window.PIECES)
-        return starts, scores.nats
+        ((_, scores),) = self._scorer.score([encoding.ids], window=Window.PIECES)
+        return np.array([start for start, _ in encoding.offsets], dtype=np.int64), scores.nats
 
     @cached_property
     def _lm(self) -> CausalLM:
         return self._open_lm()
+
+    @cached_property
+    def _scorer(self) -> RowScorer:
+        from terselm.models.scoring import RowScorer
+
+        return RowScorer(self._lm)
 
     @cached_property
     def _backend(self) -> Any:

@@ -93,7 +93,9 @@ class Figuring:
 
     def _likenesses(self) -> dict[str, dict[Cell, Column]]:
         """Likeness of the answers to the references, or to the answer to the whole prompt where there are none."""
-        answered = [(one, one.answer) for cell in self._cells.values() for one in cell.values() if one.answer is not None]
+        answered = [
+            (one, one.answer) for cell in self._cells.values() for one in cell.values() if one.answer is not None
+        ]
         answers = [answer for _, answer in answered]
         references = [self._reference(self._items[one.id]) for one, _ in answered]
         values = likeness(answers, references)

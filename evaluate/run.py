@@ -20,7 +20,7 @@ from terselm.errors import ConfigError
 from terselm.evaluate.figures import Figures, Figuring
 from terselm.evaluate.items import Item, Suite, full_text
 from terselm.evaluate.measurements import FULL, JOURNAL, NO_BUDGET, ZERO, Measurement
-from terselm.evaluate.methods import Compressed, EvaluationMethod, kept_words, overlap
+from terselm.evaluate.methods import EvaluationMethod, kept_words, overlap
 from terselm.evaluate.opening import OURS, READY, MethodName, Workshop, open_target, parse_method
 from terselm.evaluate.report import write_results
 from terselm.evaluate.settings import EvaluateSettings, EvaluationBudget, parse_budget
@@ -173,7 +173,7 @@ class Evaluation:
             raise ConfigError("this target does not give log-probabilities; set score=false and generate=true")
         bench = _Bench(self.settings, self.suite, target, self._ready)
         total = sum(len(items) for _, items in missing)
-        with Progress(total, "evaluating", "prompts") if self._progress else nullcontext() as bar:
+        with Progress(total, "evaluating", "prompt") if self._progress else nullcontext() as bar:
             for batch in bench.measure(missing):
                 yield batch
                 if bar is not None:
@@ -225,7 +225,10 @@ class _Bench:
         shortened = method.compress(prompts, budgets)
         seconds = round((time.perf_counter() - began) / len(items), 6)
         measured = self._read(cell, items, [one.text for one in shortened])
-        overlaps = _overlaps(shortened, oracle.compress(prompts, budgets)) if oracle is not None else [None] * len(items)
+        overlaps: Iterable[float | None] = [None] * len(items)
+        if oracle is not None:
+            pairs = zip(shortened, oracle.compress(prompts, budgets), strict=True)
+            overlaps = (overlap(kept_words(a), kept_words(b)) for a, b in pairs)
         return [
             replace(one, compressor_seconds=seconds, allowed=budget, overlap=share)
             for one, budget, share in zip(measured, budgets, overlaps, strict=True)
@@ -276,7 +279,3 @@ class _Bench:
         if answer is None or self._suite.right is None or not item.answers:
             return None
         return self._suite.right(answer, item)
-
-
-def _overlaps(ours: Iterable[Compressed], oracles: Iterable[Compressed]) -> list[float | None]:
-    return [overlap(kept_words(a), kept_words(b)) for a, b in zip(ours, oracles, strict=True)]

@@ -105,9 +105,7 @@ def _gsm8k(settings: SuiteSettings) -> Suite:
         worked, final = _worked_answer(row)
         chosen = number % len(sets)
         prompt = Prompt(instruction=_GSM8K_INSTRUCTION, demonstrations=sets[chosen], question=_maths_question(row))
-        items.append(
-            Item(id=f"{number}", prompt=prompt, gold=f"\n{worked}", answers=(final,), group=f"set {chosen}")
-        )
+        items.append(Item(id=f"{number}", prompt=prompt, gold=f"\n{worked}", answers=(final,), group=f"set {chosen}"))
     return Suite(
         name="gsm8k", items=items, right=lambda text, item: maths_right(text, item.answers), stop=("\n\n", "Question:")
     )
@@ -119,8 +117,11 @@ def _demonstration_sets(settings: SuiteSettings) -> list[tuple[str, ...]]:
     train = _rows(settings.train, _GSM8K_ID, "main", "train")
     if len(train) < settings.shots:
         raise ConfigError(f"GSM8K has {len(train)} training rows here; {settings.shots} demonstrations are asked for")
-    draws = (random.Random(f"{settings.seed}/{number}").sample(train, settings.shots) for number in range(settings.sets))
-    return [tuple(f"{_maths_question(row)}\n{_worked_answer(row)[0]}" for row in rows) for rows in draws]
+    draws = (random.Random(f"{settings.seed}/{number}") for number in range(settings.sets))
+    return [
+        tuple(f"{_maths_question(row)}\n{_worked_answer(row)[0]}" for row in draw.sample(train, settings.shots))
+        for draw in draws
+    ]
 
 
 def _maths_question(row: _Row) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from terselm.data.schema import Message, Role
 from terselm.errors import ConfigError, ContextLengthError, TargetLLMError
 from terselm.evaluate.settings import TargetSettings
 from terselm.models import CausalLM
+
+if TYPE_CHECKING:
+    from terselm.models.scoring import RowScorer
 
 _log = logging.getLogger(__name__)
 _ROWS_AT_ONCE = {"cpu": 8, "cuda": 128}  # that are decoded together
@@ -91,8 +95,6 @@ class LocalTarget:
         Raises:
             ContextLengthError: the two do not fit into the model's window.
         """
-        from terselm.models.scoring import score_rows
-
         befores, targets = self._ids(prompts), self._ids(golds)
         for before, gold in zip(befores, targets, strict=True):
             if 1 + len(before) + len(gold) > self.lm.window:
@@ -102,9 +104,15 @@ class LocalTarget:
                 )
         nats = [0.0] * len(befores)
         rows = [before + gold for before, gold in zip(befores, targets, strict=True)]
-        for i, scores in score_rows(self.lm, rows, skips=[len(before) for before in befores]):
+        for i, scores in self._scorer.score(rows, skips=[len(before) for before in befores]):
             nats[i] = float(scores.nats.sum(dtype=np.float64))
         return [Score(nats=value, tokens=len(gold)) for value, gold in zip(nats, targets, strict=True)]
+
+    @cached_property
+    def _scorer(self) -> RowScorer:
+        from terselm.models.scoring import RowScorer
+
+        return RowScorer(self.lm)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(self.lm.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]

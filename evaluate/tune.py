@@ -224,7 +224,7 @@ class Search:
         if budget not in self._budgets:
             self._budgets.append(budget)
         new = [candidate for candidate in candidates if not self.nats(candidate.name, budget)]
-        with Progress(len(new), f"tuning at {budget}", "settings") as progress:
+        with Progress(len(new), f"tuning at {budget}", "setting") as progress:
             for number, candidate in enumerate(new):
                 if number and not (whatever_the_time or self._time_left()):
                     _log.info("out of time: %d settings were not tried", len(new) - number)
