@@ -269,20 +269,15 @@ class Surprisals:
         """Where each token begins, and its surprisal."""
         from terselm.models.scoring import Window
 
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        ((_, scores),) = self._scorer.score([encoding.ids], window=Window.PIECES)
+        backend, scorer = self._opened
+        encoding = backend.encode(text, add_special_tokens=False)
+        ((_, scores),) = scorer.score([encoding.ids], window=Window.PIECES)
         return np.array([start for start, _ in encoding.offsets], dtype=np.int64), scores.nats
 
     @cached_property
-    def _lm(self) -> CausalLM:
-        return self._open_lm()
-
-    @cached_property
-    def _scorer(self) -> RowScorer:
+    def _opened(self) -> tuple[Any, RowScorer]:
+        """The core of the tokenizer, and what reads."""
         from terselm.models.scoring import RowScorer
 
-        return RowScorer(self._lm)
-
-    @cached_property
-    def _backend(self) -> Any:
-        return plain_backend(self._lm.tokenizer)
+        lm = self._open_lm()
+        return plain_backend(lm.tokenizer), RowScorer(lm)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ GAIN, EXACT, KEPT, OVERLAP = "gain_retained", "exact_match", "answer_kept", "ora
 QUALITIES = (GAIN, EXACT, KEPT, OVERLAP, "bleu", "rouge1", "rouge2", "rougeL", "bert_score")
 
 Cell = tuple[str, str]  # method, budget
-Column = Mapping[str, float]  # a figure of each item, by its id
+Column = dict[str, float]  # a figure of each item, by its id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +101,10 @@ class Figuring:
         values = likeness(answers, references)
         if self._settings.bert_score and answered:
             values["bert_score"] = bert_score(answers, references, self._settings.bert_score)
-        columns: dict[str, dict[Cell, Column]] = {}
+        columns: dict[str, dict[Cell, Column]] = {name: {cell: {} for cell in self._cells} for name in values}
         for name, scores in values.items():
-            by_cell: dict[Cell, dict[str, float]] = {}
             for (one, _), score in zip(answered, scores, strict=True):
-                by_cell.setdefault(one.cell, {})[one.id] = score
-            columns[name] = dict(by_cell)
+                columns[name][one.cell][one.id] = score
         return columns
 
     def _reference(self, item: Item) -> str:

@@ -31,7 +31,6 @@ class EvaluationMethod(Protocol):
 
     def compress(self, prompts: Sequence[Prompt], budgets: Sequence[int]) -> list[Compressed]:
         """Shorten each prompt to its budget, in the target's tokens."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ by name (``terselm:no-iteration``), another small LM (``terselm:model=runs/mine`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,44 +95,40 @@ def open_target(settings: TargetSettings, folder: Path) -> Target:
     return LocalTarget(load_causal_lm(settings.model, device=settings.device, dtype=settings.dtype))
 
 
+@dataclass(frozen=True)
 class Workshop:
     """Builds methods; each small LM is loaded once.
 
-    Args:
+    Attributes:
+        settings: of the evaluation.
         target: a local one may be the small LM too.
         count: what budgets are counted in.
         ready: methods by name that need not be built.
     """
 
-    def __init__(
-        self, settings: EvaluateSettings, target: Target, count: Count, ready: Mapping[str, EvaluationMethod]
-    ) -> None:
-        self._settings = settings
-        self._target = target
-        self._count = count
-        self._ready = ready
-        self._small_lms: dict[str, CausalLM] = {}
-        self._compressors: dict[str | None, PromptCompressor] = {}
+    settings: EvaluateSettings
+    target: Target
+    count: Count
+    ready: Mapping[str, EvaluationMethod]
+    _small_lms: dict[str, CausalLM] = field(default_factory=dict, init=False)
+    _compressors: dict[str, PromptCompressor] = field(default_factory=dict, init=False)
 
     @contextmanager
     def method(self, name: MethodName) -> Iterator[EvaluationMethod]:
         """A method that is ready to work; what it holds is let go at the end."""
-        settings = self._settings
+        settings = self.settings
+        model = name.model or settings.model
         if name.kind == READY:
-            yield self._ready[name.text]
+            yield self.ready[name.text]
         elif name.kind == PEER:
             from terselm.evaluate.peer import Llmlingua
 
-            peer = Llmlingua(settings.llmlingua, name.model or settings.model, settings.device)
-            try:
+            with closing(Llmlingua(settings.llmlingua, model, settings.device)) as peer:
                 yield peer
-            finally:
-                peer.close()
         elif name.kind == OURS:
-            yield self._ours(name, name.model or settings.model)
+            yield self._ours(name, model, lambda: self._small_lm(model))
         else:
-            surprisals = Surprisals(lambda: self._small_lm(name.model or settings.model))
-            tools = Tools(count=self._count, surprisals=surprisals, seed=settings.seed)
+            tools = Tools(count=self.count, surprisals=Surprisals(lambda: self._small_lm(model)), seed=settings.seed)
             yield Baseline(shorten=BASELINES[name.kind], tools=tools)
 
     def oracle(self, name: MethodName) -> EvaluationMethod:
@@ -141,22 +137,20 @@ class Workshop:
         Raises:
             ConfigError: the target is not a local model.
         """
-        return self._ours(name, None)
+        target = self.target
+        if not isinstance(target, LocalTarget):
+            raise ConfigError("oracle needs a local target; turn it off")
+        return self._ours(name, "", lambda: target.lm)
 
-    def _ours(self, name: MethodName, model: str | None) -> Ours:
-        """Ours under the settings of ``name``; with the target as the small LM where ``model`` is None."""
+    def _ours(self, name: MethodName, model: str, open_lm: Callable[[], CausalLM]) -> Ours:
+        """Ours under the settings of ``name``, with a small LM; its compressor is known as ``model`` from then on."""
         from terselm.compress.compressor import PromptCompressor
 
         if model not in self._compressors:
-            self._compressors[model] = PromptCompressor(self._target_lm() if model is None else self._small_lm(model))
-        return Ours(compressor=self._compressors[model].with_settings(name.settings), count=self._count)
+            self._compressors[model] = PromptCompressor(open_lm())
+        return Ours(compressor=self._compressors[model].with_settings(name.settings), count=self.count)
 
     def _small_lm(self, model: str) -> CausalLM:
         if model not in self._small_lms:
-            self._small_lms[model] = load_causal_lm(model, device=self._settings.device, dtype=self._settings.dtype)
+            self._small_lms[model] = load_causal_lm(model, device=self.settings.device, dtype=self.settings.dtype)
         return self._small_lms[model]
-
-    def _target_lm(self) -> CausalLM:
-        if not isinstance(self._target, LocalTarget):
-            raise ConfigError("oracle needs a local target; turn it off")
-        return self._target.lm

@@ -31,6 +31,7 @@ _TITLES = {
     "bert_score": "BERTScore",
 }
 _LABELS = {GAIN: "in-context gain retained", EXACT: "exact match", KEPT: "answers kept"}  # of the picture
+_LINE: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1, "capsize": 2}
 _SHARES = (GAIN, EXACT, KEPT, OVERLAP)  # shown as per cent
 
 
@@ -155,10 +156,7 @@ def draw_quality(path: Path, figures: Sequence[Figures], *, title: str) -> None:
             [value.value for value in values],
             yerr=[[max(0, v.value - v.low) for v in values], [max(0, v.high - v.value) for v in values]],
             label=method,
-            marker="o",
-            markersize=4,
-            linewidth=1,
-            capsize=2,
+            **_LINE,
         )
     for one in figures:
         if one.budget == NO_BUDGET and measure in one.quality:

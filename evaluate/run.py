@@ -63,10 +63,6 @@ class _Cell:
         return self.method, self.budget.name if self.budget is not None else NO_BUDGET
 
 
-_Missing = Sequence[tuple[_Cell, Sequence[Item]]]
-"""What is not measured yet of each cell."""
-
-
 class Evaluation:
     """One evaluation. Its data is read, and its models are loaded, when they are first needed.
 
@@ -149,14 +145,8 @@ class Evaluation:
     def _fingerprint(self) -> str:
         """Of what must not change under a journal: the questions, the target, and what is measured."""
         settings = self.settings
-        facts = [
-            settings.target.model,
-            settings.target.base_url,
-            settings.target.dtype,
-            settings.model,
-            settings.dtype,
-            settings.counter,
-        ]
+        target = settings.target
+        facts = [target.model, target.base_url, target.dtype, settings.model, settings.dtype, settings.counter]
         facts += [str(flag) for flag in (settings.score, settings.generate, settings.oracle, settings.seed)]
         for item in self.items:
             facts += [item.id, item.gold, full_text(item.prompt, "\x1f"), *item.answers]
@@ -165,7 +155,7 @@ class Evaluation:
             digest.update(fact.encode() + b"\x00")
         return digest.hexdigest()
 
-    def _measure_missing(self, missing: _Missing) -> Iterator[list[Measurement]]:
+    def _measure_missing(self, missing: Sequence[tuple[_Cell, Sequence[Item]]]) -> Iterator[list[Measurement]]:
         if not missing:
             return
         target = self._target or open_target(self.settings.target, self.folder)
@@ -192,7 +182,7 @@ class _Bench:
         self._count = resolve_counter(settings.counter or None) or target.count
         self._workshop = Workshop(settings, target, self._count, ready)
 
-    def measure(self, missing: _Missing) -> Iterator[list[Measurement]]:
+    def measure(self, missing: Sequence[tuple[_Cell, Sequence[Item]]]) -> Iterator[list[Measurement]]:
         """Batch by batch; the cells of a method stand together, so that it is opened once."""
         for name, cells in groupby(missing, key=lambda pair: pair[0].name):
             if name is None:
@@ -237,7 +227,7 @@ class _Bench:
     def _read(self, cell: _Cell, items: Sequence[Item], texts: Sequence[str]) -> list[Measurement]:
         scores = self._scores(items, texts)
         answers, seconds = self._answers(texts)
-        kept, (method, budget) = self._suite.kept, cell.key
+        right, kept, (method, budget) = self._suite.right, self._suite.kept, cell.key
         return [
             Measurement(
                 method=method,
@@ -251,7 +241,7 @@ class _Bench:
                 gold_tokens=score.tokens if score is not None else None,
                 answer=answer,
                 target_seconds=seconds,
-                right=self._is_right(answer, item),
+                right=right(answer, item) if answer is not None and right is not None and item.answers else None,
                 answer_kept=kept(text, item) if kept is not None else None,
             )
             for item, text, score, answer in zip(items, texts, scores, answers, strict=True)
@@ -259,13 +249,12 @@ class _Bench:
 
     def _scores(self, items: Sequence[Item], texts: Sequence[str]) -> list[Score | None]:
         """Of the gold answers; None where there is none."""
-        scores: list[Score | None] = [None] * len(items)
-        if self._settings.score:
-            scored = [i for i, item in enumerate(items) if item.gold]
-            values = self._target.score([texts[i] for i in scored], [items[i].gold for i in scored])
-            for i, value in zip(scored, values, strict=True):
-                scores[i] = value
-        return scores
+        if not self._settings.score:
+            return [None] * len(items)
+        places = [i for i, item in enumerate(items) if item.gold]
+        scores = self._target.score([texts[i] for i in places], [items[i].gold for i in places])
+        by_place = dict(zip(places, scores, strict=True))
+        return [by_place.get(i) for i in range(len(items))]
 
     def _answers(self, texts: Sequence[str]) -> tuple[Sequence[str | None], float | None]:
         """The target's answers, and the seconds of one."""
@@ -274,8 +263,3 @@ class _Bench:
         began = time.perf_counter()
         answers = self._target.generate(texts, max_new_tokens=self._suite.max_new_tokens, stop=self._suite.stop)
         return answers, round((time.perf_counter() - began) / len(texts), 6)
-
-    def _is_right(self, answer: str | None, item: Item) -> bool | None:
-        if answer is None or self._suite.right is None or not item.answers:
-            return None
-        return self._suite.right(answer, item)

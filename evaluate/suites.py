@@ -1,17 +1,12 @@
 """The suites: what becomes of the rows of each data set.
 
-GSM8K: grade-school maths with worked answers, several examples a prompt. Source: arXiv:2110.14168; the form of the
-prompt is that of arXiv:2210.00720, which arXiv:2310.05736 compresses.
-
-BIG-Bench Hard: reasoning tasks with three worked examples each. The chain-of-thought prompts come from the authors'
-repository (suzgunmirac/BIG-Bench-Hard, folder cot-prompts), the questions from there too, or from the hub. The tests
-have no worked answers, so the gold text is the sentence with which the examples end: "So the answer is …." Source:
-arXiv:2210.09261.
-
-NQ: open-domain questions over several documents. Source: the prompts of arXiv:2307.03172, whose data
-(github.com/nelson-liu/lost-in-the-middle) is not on the hub.
-
-ShareGPT: dialogues. Arxiv: scientific articles. And the user's own prompts.
+GSM8K (arXiv:2110.14168): grade-school maths with worked answers, several examples a prompt, in the form of
+arXiv:2210.00720, which arXiv:2310.05736 compresses. BIG-Bench Hard (arXiv:2210.09261): reasoning tasks with three
+worked examples each; the chain-of-thought prompts come from the authors' repository (suzgunmirac/BIG-Bench-Hard, folder
+cot-prompts), the questions from there too, or from the hub; the tests have no worked answers, so the gold text is the
+sentence with which the examples end, "So the answer is ….". NQ: open-domain questions over several documents, with the
+prompts of arXiv:2307.03172, whose data (github.com/nelson-liu/lost-in-the-middle) is not on the hub. ShareGPT:
+dialogues. Arxiv: scientific articles. And the user's own prompts.
 """
 
 from __future__ import annotations
@@ -24,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from terselm.compress.prompt import Prompt
-from terselm.data.rows import read_rows
+from terselm.data.sources.rows import read_rows
 from terselm.errors import ConfigError, DataFormatError
 from terselm.evaluate.answers import bbh_right, holds_answer, maths_right, normalised, short_answer_right
 from terselm.evaluate.items import Item, Suite
@@ -53,19 +48,15 @@ def load_suite(settings: SuiteSettings) -> Suite:
     Raises:
         ConfigError, DataFormatError: the data is missing or of another form.
     """
-    match settings.name:
-        case SuiteName.GSM8K:
-            return _gsm8k(settings)
-        case SuiteName.BBH:
-            return _bbh(settings)
-        case SuiteName.NQ:
-            return _nq(settings)
-        case SuiteName.SHAREGPT:
-            return _sharegpt(settings)
-        case SuiteName.ARXIV:
-            return _arxiv(settings)
-        case SuiteName.PROMPTS:
-            return _own_prompts(settings)
+    readers = {
+        SuiteName.GSM8K: _gsm8k,
+        SuiteName.BBH: _bbh,
+        SuiteName.NQ: _nq,
+        SuiteName.SHAREGPT: _sharegpt,
+        SuiteName.ARXIV: _arxiv,
+        SuiteName.PROMPTS: _own_prompts,
+    }
+    return readers[settings.name](settings)
 
 
 @dataclass(frozen=True, kw_only=True)

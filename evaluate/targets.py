@@ -51,11 +51,9 @@ class Target(Protocol):
 
     def generate(self, prompts: Sequence[str], *, max_new_tokens: int, stop: tuple[str, ...]) -> list[str]:
         """Greedy answers."""
-        ...
 
     def score(self, prompts: Sequence[str], golds: Sequence[str]) -> list[Score]:
         """−log p of each gold answer after its prompt."""
-        ...
 
 
 class LocalTarget:

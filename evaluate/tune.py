@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from terselm.compress.settings import (
     paper_settings,
 )
 from terselm.data.jsonl import Json, dump_object
-from terselm.data.rows import read_rows
+from terselm.data.sources.rows import read_rows
 from terselm.errors import ConfigError
 from terselm.evaluate.figures import GAIN, Figures, Figuring
 from terselm.evaluate.items import Item, full_text
@@ -88,13 +89,11 @@ def tune(settings: TuneSettings, folder: Path) -> Tuned:
     """
     if settings.target.base_url:
         raise ConfigError("tune needs a local target: endpoints do not tell how likely they find a given answer")
-    until = time.monotonic() + 60 * settings.minutes
     target = LocalTarget(load_causal_lm(settings.target.model, device=settings.device, dtype=settings.target.dtype))
     small = (
         target.lm if settings.model == settings.target.model else load_causal_lm(settings.model, device=settings.device)
     )
-    prompts = _with_answers(settings, folder, target)
-    search = Search(settings, prompts, folder, target, PromptCompressor(small), until)
+    search = Search(settings, folder, target, PromptCompressor(small))
     best, budget, reached = search.run()
     figures, table = search.report()
     chosen = next(one for one in figures if (one.method, one.budget) == (best.name, budget))
@@ -130,43 +129,21 @@ class Search:
     """Tries settings on the user's prompts; what was tried is in a journal and is not tried again.
 
     Args:
-        settings: of the search.
-        prompts: the file of the prompts, each with an answer.
+        settings: of the search; its minutes begin here.
         folder: where the journal is.
         target: reads the prompts.
         compressor: shortens them.
-        until: by the monotonic clock, after which no new settings are tried.
     """
 
-    def __init__(
-        self,
-        settings: TuneSettings,
-        prompts: Path,
-        folder: Path,
-        target: LocalTarget,
-        compressor: PromptCompressor,
-        until: float,
-    ) -> None:
+    def __init__(self, settings: TuneSettings, folder: Path, target: LocalTarget, compressor: PromptCompressor) -> None:
         self._settings = settings
         self._folder = folder
         self._target = target
         self._compressor = compressor
-        self._until = until
+        self._until = time.monotonic() + 60 * settings.minutes
         self._tried: dict[str, Candidate] = {}
         self._budgets: list[str] = []
         self._ready: dict[str, EvaluationMethod] = {}
-        self._evaluation = Evaluation(
-            EvaluateSettings(
-                suite=_suite_settings(settings, prompts),
-                target=settings.target,
-                model=settings.model,
-                seed=settings.seed,
-            ),
-            folder,
-            target,
-            self._ready,
-            progress=False,
-        )
         self._measurements: dict[tuple[str, str, str], Measurement] = {}
 
     def run(self) -> tuple[Candidate, str, bool]:
@@ -206,6 +183,17 @@ class Search:
         )
         figures = Figuring(settings, self._evaluation.suite, list(self._measurements.values())).all()
         return figures, write_results(self._folder, settings, self._evaluation.suite, figures)
+
+    @cached_property
+    def _evaluation(self) -> Evaluation:
+        """That which all trials belong to."""
+        settings = EvaluateSettings(
+            suite=_suite_settings(self._settings, _with_answers(self._settings, self._folder, self._target)),
+            target=self._settings.target,
+            model=self._settings.model,
+            seed=self._settings.seed,
+        )
+        return Evaluation(settings, self._folder, self._target, self._ready, progress=False)
 
     def _smallest(self) -> tuple[Candidate, str, bool]:
         """Down the rates with the three best settings, as long as the quality is reached."""
