@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from terselm.compress.prompt import Prompt
-from terselm.data.sources.rows import read_rows
+from terselm.data.rows import read_rows
 from terselm.errors import ConfigError, DataFormatError
 from terselm.evaluate.answers import bbh_right, holds_answer, maths_right, normalised, short_answer_right
 from terselm.evaluate.items import Item, Suite
@@ -363,7 +363,7 @@ def _rows(path: Path | None, hub_id: str = "", config: str | None = None, split:
             return [_Row(where=f"{hub_id}, {split} row {n}", number=n, values=row) for n, row in read_rows(name)]
         except (ConfigError, DataFormatError) as error:
             raise ConfigError(f"{error}; give local files instead (suite.data)") from None
-    rows = list(read_rows(str(path)))
+    rows = list(read_rows(path))
     if path.suffix == ".json":
         if len(rows) == 1 and isinstance(examples := rows[0][1].get("examples"), list):
             rows = list(enumerate(examples, start=1))

@@ -19,16 +19,7 @@ from typing import Any
 import numpy as np
 
 from terselm.compress.compressor import PromptCompressor
-from terselm.compress.settings import (
-    PAPER_INSTRUCTION_RATE,
-    PAPER_QUESTION_RATE,
-    AnchorOrder,
-    CompressionSettings,
-    UnitKind,
-    paper_settings,
-)
-from terselm.data.jsonl import Json, dump_object
-from terselm.data.sources.rows import read_rows
+from terselm.data.rows import Json, dump_object, read_rows
 from terselm.errors import ConfigError
 from terselm.evaluate.figures import GAIN, Figures, Figuring
 from terselm.evaluate.items import Item, full_text
@@ -284,8 +275,8 @@ def _with_answers(settings: TuneSettings, folder: Path, target: LocalTarget) -> 
     if all(item.gold.strip() for item in suite.items):
         return settings.prompts
     path = folder / _ANSWERED
-    earlier = [row for _, row in read_rows(str(path))] if path.exists() else []
-    rows = [row for _, row in read_rows(str(settings.prompts))][: len(suite.items)]
+    earlier = [row for _, row in read_rows(path)] if path.exists() else []
+    rows = [row for _, row in read_rows(settings.prompts)][: len(suite.items)]
     answered = _answered(suite.items, rows, earlier, target)
     if earlier and answered != earlier:
         raise ConfigError(
