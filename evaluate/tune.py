@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from terselm.compress.compressor import PromptCompressor
+from terselm.compress.settings import AnchorOrder, CompressionSettings, UnitKind, paper_settings
 from terselm.data.rows import Json, dump_object, read_rows
 from terselm.errors import ConfigError
 from terselm.evaluate.figures import GAIN, Figures, Figuring
@@ -40,6 +41,7 @@ _MIDDLE = "0.25"
 _ANSWER_TOKENS = 128
 _ANSWERED = "prompts.jsonl"
 _NOT_TUNED = ("ablations", "cache_bytes")
+_PAPER = paper_settings()
 _THINNED = CompressionSettings(anchor=0.0)  # what is not question or instruction, token by token
 
 _AROUND: dict[str, tuple[Any, ...]] = {
@@ -48,8 +50,8 @@ _AROUND: dict[str, tuple[Any, ...]] = {
     "anchor_by": tuple(AnchorOrder),
     "unit": tuple(UnitKind),
     "segment_size": (50, 100, 200, 400),
-    "question_rate": (None, PAPER_QUESTION_RATE),
-    "instruction_rate": (None, PAPER_INSTRUCTION_RATE),
+    "question_rate": (None, _PAPER.question_rate),
+    "instruction_rate": (None, _PAPER.instruction_rate),
 }
 
 
@@ -235,7 +237,7 @@ def shapes() -> list[Candidate]:
             replace(_THINNED, anchor=0.5, unit=UnitKind.LINE),
             replace(_THINNED, unit=UnitKind.DEMONSTRATION),
             replace(_THINNED, anchor=1.0, anchor_by=AnchorOrder.LAST),
-            paper_settings(),
+            _PAPER,
             replace(_THINNED, anchor=0.5, unit=UnitKind.SENTENCE),
             replace(_THINNED, k=1.2),
             replace(_THINNED, anchor=0.7),
