@@ -69,17 +69,7 @@ class Llmlingua:
         Raises:
             TerseLMError: the process has ended.
         """
-        return [
-            Compressed(
-                text=self._ask(
-                    instruction=prompt.instruction,
-                    demonstrations=list(prompt.demonstrations),
-                    question=prompt.question,
-                    budget=budget,
-                )
-            )
-            for prompt, budget in zip(prompts, budgets, strict=True)
-        ]
+        return [Compressed(text=self._ask(*pair)) for pair in zip(prompts, budgets, strict=True)]
 
     def close(self) -> None:
         """End the process."""
@@ -87,11 +77,12 @@ class Llmlingua:
         self._process.wait()
         self._scratch.cleanup()
 
-    def _ask(self, **request: Any) -> str:
+    def _ask(self, prompt: Prompt, budget: int) -> str:
+        parts = {name: getattr(prompt, name) for name in ("instruction", "demonstrations", "question")}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.write(json.dumps({**parts, "budget": budget}) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except BrokenPipeError:
