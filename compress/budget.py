@@ -12,10 +12,11 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from terselm.compress.layout import Ints, Layout, Mask
+from terselm.compress.layout import Layout, Mask
 from terselm.compress.prompt import Part, Prompt
 from terselm.compress.settings import (
     EXAMPLES_ANCHOR,
@@ -28,6 +29,9 @@ from terselm.compress.settings import (
     Selection,
     UnitKind,
 )
+
+if TYPE_CHECKING:
+    from terselm.statistics import Ints
 
 Perplexities = Mapping[int, float]
 """By number of the demonstration in the prompt; 0 where it was not read."""
@@ -83,9 +87,7 @@ def anchor_for(prompt: Prompt) -> float:
     return EXAMPLES_ANCHOR if labelled and len(others) > 1 and all(other == opening for other in others) else 0.0
 
 
-def _keep_anchor(
-    layout: Layout, pieces: Sequence[int], room: int, protected: Mask, over: Callable[[str], int]
-) -> Mask:
+def _keep_anchor(layout: Layout, pieces: Sequence[int], room: int, protected: Mask, over: Callable[[str], int]) -> Mask:
     """Protect demonstrations that cost at most ``room``, separators included, and of one that does not fit its end.
 
     Args:

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from terselm.compress.layout import Floats, Floats32, Ints, Layout, Mask
+from terselm.compress.layout import Floats32, Layout, Mask
 from terselm.errors import ContextLengthError
+
+if TYPE_CHECKING:
+    from terselm.statistics import Floats, Ints
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,9 @@ from terselm.compress.prompt import Part, Piece, Prompt, protected_spans
 from terselm.compress.settings import CompressionSettings, UnitKind
 from terselm.errors import PromptError
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+if TYPE_CHECKING:
+    from terselm.statistics import Ints
+
 Floats32 = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
@@ -140,7 +141,9 @@ class LayoutMaker:
         """
         pieces = [prompt.pieces() for prompt in prompts]
         units = self._cut([piece for some in pieces for piece in some])
-        return [self._layout(some, [units[piece.text, self._kind(piece)] for piece in some], patterns) for some in pieces]
+        return [
+            self._layout(some, [units[piece.text, self._kind(piece)] for piece in some], patterns) for some in pieces
+        ]
 
     def _cut(self, pieces: Sequence[Piece]) -> dict[tuple[str, UnitKind], Units]:
         """The units of each distinct text."""

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from decimal import Decimal
-from pathlib import Path
 from itertools import islice
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from terselm.compress.bulk.rows import READ_KEYS, RESULT_KEYS, passed_through

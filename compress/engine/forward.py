@@ -5,18 +5,20 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from terselm.compress.layout import Ints
 from terselm.errors import ModelError
 from terselm.models import CausalLM
 from terselm.models.memory import kv_bytes
 from terselm.models.reading import OutputHead, cache_argument, fast_attention, grain, last_states
+
+if TYPE_CHECKING:
+    from terselm.statistics import Ints
 
 _LAYERS = {"full_attention", "sliding_attention"}
 _GRAIN = 256

@@ -6,16 +6,20 @@ Surprisal of a token = −log p(token | all before it), nats, float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from terselm.compress.engine.forward import EagerMemory, Forward, Memory
 from terselm.compress.itpc import ScoreRequest
-from terselm.compress.layout import Floats32, Ints
+from terselm.compress.layout import Floats32
 from terselm.models import CausalLM
 from terselm.models.memory import free_bytes
 from terselm.models.scoring import RowScorer, Window
+
+if TYPE_CHECKING:
+    from terselm.statistics import Ints
 
 _USUAL_PASS = 128  # tokens of a row: what was kept of a segment, and the next
 _SHARE_FOR_CACHE = 0.4  # of the memory: the buffers double as they grow, and the passes need some too
