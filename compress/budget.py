@@ -1,4 +1,7 @@
-"""Stage 1: the budget controller (docs/algorithm.md, §1). Plain arithmetic on token counts.
+"""Stage 1: the budget controller (docs/algorithm.md, §0 "whole" and §1). Plain arithmetic on token counts.
+
+What is kept whole comes first: question and instruction, then an anchor of demonstrations. What is left is divided
+among the parts, by the perplexities of the demonstrations.
 
 Source: Algorithm 1, Eq. 2–3 of arXiv:2310.05736.
 """
@@ -6,137 +9,286 @@ Source: Algorithm 1, Eq. 2–3 of arXiv:2310.05736.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from terselm.compress.layout import Layout, Mask
+from terselm.compress.prompt import Part, Prompt
+from terselm.compress.settings import (
+    EXAMPLES_ANCHOR,
+    PAPER_INSTRUCTION_RATE,
+    PAPER_QUESTION_RATE,
+    Ablations,
+    AnchorOrder,
+    CompressionSettings,
+    Order,
+    Selection,
+    UnitKind,
+)
+
+if TYPE_CHECKING:
+    from terselm.statistics import Ints
+
+Perplexities = Mapping[int, float]
+"""By number of the demonstration in the prompt; 0 where it was not read."""
+
+
+def allocate(
+    layout: Layout, tokens: int, prompt: Prompt, settings: CompressionSettings, over: Callable[[str], int]
+) -> BudgetController:
+    """Protect what is kept whole, and set up the division of the rest.
+
+    Args:
+        tokens: T′, the budget in tokens of the small LM.
+        prompt: what ``layout`` is of.
+        over: by how many of the caller's tokens a text exceeds the budget.
+    """
+    controller = partial(BudgetController, layout, tokens, prompt.pinned, settings)
+    begun = _keep_whole(layout, settings, controller, over)
+    share = settings.anchor
+    if share is None:  # with ablations there would be nothing to take parts from
+        share = anchor_for(prompt) if settings.ablations == Ablations() else 0.0
+    if not share:
+        return begun
+    anchored = _keep_anchor(layout, begun.anchor_order(), math.floor(share * begun.left), begun.protected, over)
+    return controller(anchored, anchor_only=share == 1)
+
+
+def _keep_whole(
+    layout: Layout,
+    settings: CompressionSettings,
+    controller: Callable[[Mask], BudgetController],
+    over: Callable[[str], int],
+) -> BudgetController:
+    """Protect question and instruction, or the question, where that leaves the other its rate."""
+    rates = {Part.QUESTION: settings.question_rate, Part.INSTRUCTION: settings.instruction_rate}
+    open_parts = [part for part, rate in rates.items() if rate is None and not settings.ablations.uniform_rates]
+    for parts in dict.fromkeys((tuple(open_parts), tuple(open_parts[:1]))) if open_parts else ():
+        pieces = [number for part in parts for number in layout.numbers(part)]
+        protected = layout.protected | np.isin(layout.piece_of, pieces)
+        if over(layout.text(protected)) <= 0 and (whole := controller(protected)).left >= 0:
+            return whole
+    return controller(layout.protected)
+
+
+def anchor_for(prompt: Prompt) -> float:
+    """The share where the settings name none: `EXAMPLES_ANCHOR` for worked examples, else 0.
+
+    Worked examples are at least two demonstrations that all begin as the question does, with a word such as
+    "Question:" or "###": one that is not all letters.
+    """
+    texts = [prompt.question, *filter(str.strip, prompt.demonstrations)]
+    opening, *others = (text.split(maxsplit=1)[:1] for text in texts)
+    labelled = bool(opening) and not opening[0].isalpha()
+    return EXAMPLES_ANCHOR if labelled and len(others) > 1 and all(other == opening for other in others) else 0.0
+
+
+def _keep_anchor(layout: Layout, pieces: Sequence[int], room: int, protected: Mask, over: Callable[[str], int]) -> Mask:
+    """Protect demonstrations that cost at most ``room``, separators included, and of one that does not fit its end.
+
+    Args:
+        pieces: the demonstrations, in the order in which they are taken.
+        room: tokens of the small LM.
+        protected: ``(n_units,)``, what is protected already.
+        over: by how many of the caller's tokens a text exceeds the budget; units leave the anchor until it does not.
+    """
+    units = layout.units_of(pieces, backwards=True)
+    opens = np.zeros(len(units), dtype=np.int64)  # 1 at those that bring a new piece
+    firsts = np.cumsum([0, *(layout.edges[n + 1] - layout.edges[n] for n in pieces)])
+    held = set(layout.piece_of[protected].tolist())
+    opens[[first for first, n in zip(firsts, pieces, strict=False) if n not in held]] = 1
+    costs = np.where(protected[units], 0, layout.cost[units]) + opens * len(layout.separator_ids)
+    taken = int(np.searchsorted(np.cumsum(costs), room, side="right"))
+    while taken:
+        anchored = protected.copy()
+        anchored[units[:taken]] = True
+        excess = over(layout.text(anchored))
+        if excess <= 0:
+            return anchored
+        taken -= min(taken, excess)
+    return protected
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetPlan:
-    """What Stage 2 may keep, in free tokens of the small LM.
+class Plan:
+    """What Stage 2 works on.
 
     Attributes:
-        selected: the demonstrations that take part, ascending.
-        instruction, demonstrations, question: the budget of each part.
+        layout: with all that is kept whole protected; the demonstrations as they will stand.
+        parts: the units that take part, by part (instruction, demonstrations, question), in source order.
+        budgets: free tokens of the small LM to keep in each part.
+        selected: numbers of the pieces of the demonstrations that take part, ascending.
     """
 
-    selected: tuple[int, ...]
-    instruction: int
-    demonstrations: int
-    question: int
+    layout: Layout
+    parts: Sequence[Ints]
+    budgets: Sequence[int]
+    selected: Sequence[int]
+
+    @property
+    def left_out(self) -> list[int]:
+        """Numbers of the pieces of the demonstrations that were not selected."""
+        return [n for n in self.layout.numbers(Part.DEMONSTRATION) if n not in self.selected]
+
+    def spare(self, perplexities: Perplexities) -> Ints:
+        """The free units of the demonstrations that were not selected, in descending order of perplexity."""
+        layout = self.layout
+        order = sorted(self.left_out, key=lambda n: (-perplexities.get(layout.pieces[n].index, 0.0), n))
+        units = layout.units_of(order)
+        free: Ints = units[~layout.protected[units]]
+        return free
 
 
-@dataclass(frozen=True, kw_only=True)
 class BudgetController:
     """Divides a budget among the parts of one prompt.
 
-    Attributes:
-        budget: T′ − P, the tokens left once protected text is paid for; may be negative.
-        instruction, question: free tokens of these parts.
-        demonstrations: free tokens of each demonstration.
-        separators: tokens of the separators between the parts that take part, for a set of selected demonstrations.
-        k, instruction_rate, question_rate: see `CompressionSettings`.
+    Args:
+        tokens: T′, the budget in tokens of the small LM.
         pinned: demonstrations that are selected ahead of all others.
-        select_all: every demonstration takes part (an ablation).
-        whole: demonstrations are selected only while they fit uncut, and nothing of the others is kept.
+        protected: ``(n_units,)``, in the place of the layout's own.
+        anchor_only: nothing of the demonstrations takes part but what is protected.
     """
 
-    budget: int
-    instruction: int
-    question: int
-    demonstrations: Sequence[int]
-    separators: Callable[[Collection[int]], int]
-    k: float
-    instruction_rate: float
-    question_rate: float
-    pinned: Collection[int] = ()
-    select_all: bool = False
-    whole: bool = False
-
-    @cached_property
-    def _need(self) -> float:
-        return self.instruction_rate * self.instruction + self.question_rate * self.question
-
-    @cached_property
-    def _total(self) -> int:
-        return sum(self.demonstrations)
-
-    @cached_property
-    def _rate(self) -> float:
-        """τ_dems of Eq. 2."""
-        return max(0.0, (self.budget - self._need) / self._total) if self._total else 0.0
-
-    @cached_property
-    def _eligible(self) -> list[int]:
-        return [i for i, length in enumerate(self.demonstrations) if length]
-
-    def _room(self, selected: Collection[int]) -> int:
-        return max(0, self.budget - self.separators(selected))
+    def __init__(
+        self,
+        layout: Layout,
+        tokens: int,
+        pinned: Collection[int],
+        settings: CompressionSettings,
+        protected: Mask,
+        *,
+        anchor_only: bool = False,
+    ) -> None:
+        self.protected = protected
+        self._layout, self._tokens, self._named, self._settings = layout, tokens, pinned, settings
+        self._anchor_only = anchor_only
+        self._whole = settings.unit is UnitKind.DEMONSTRATION
+        self._demonstrations = layout.numbers(Part.DEMONSTRATION)
+        self._pinned = {i for i, n in enumerate(self._demonstrations) if layout.pieces[n].index in pinned}
+        self._budget = tokens - int(layout.cost[protected].sum())  # T′ − P; may be negative
+        self._free_of = np.add.reduceat(np.where(protected, 0, layout.cost), layout.edges[:-1]).tolist()
+        self._instruction, self._question = (
+            sum(self._free_of[n] for n in layout.numbers(part)) for part in (Part.INSTRUCTION, Part.QUESTION)
+        )
+        self._lengths = [0 if anchor_only else self._free_of[n] for n in self._demonstrations]
+        self._total = sum(self._lengths)
+        self._instruction_rate = settings.instruction_rate or PAPER_INSTRUCTION_RATE
+        self._question_rate = settings.question_rate or PAPER_QUESTION_RATE
+        if settings.ablations.uniform_rates:
+            total = sum(self._free_of)
+            self._instruction_rate = min(1.0, max(0.0, self._budget / total)) if total else 1.0
+            self._question_rate = self._instruction_rate
+        self._need = self._instruction_rate * self._instruction + self._question_rate * self._question
+        self._rate = max(0.0, (self._budget - self._need) / self._total) if self._total else 0.0  # τ_dems of Eq. 2
+        self._eligible = [i for i, length in enumerate(self._lengths) if length]
 
     @property
     def left(self) -> float:
         """Tokens for demonstrations once instruction and question have their rates; may be negative."""
         return self._room(()) - self._need
 
+    def anchor_order(self) -> list[int]:
+        """Numbers of the pieces of the demonstrations, in the order in which they become anchors."""
+        pieces = self._demonstrations[::-1]
+        if self._settings.anchor_by is AnchorOrder.SHORTEST:
+            pieces.sort(key=self._free_of.__getitem__)  # stable: of equals, the later first
+        pinned = {self._demonstrations[i] for i in self._pinned}
+        pieces.sort(key=lambda n: n not in pinned)
+        return pieces
+
     @property
-    def needs_perplexity(self) -> bool:
-        """False where the selection is the same for any order of the demonstrations."""
-        ranked = sum(i not in self.pinned for i in self._eligible)
-        if self.select_all or self._rate == 0 or ranked < 2:
+    def needs_perplexities(self) -> bool:
+        """False where the plan is the same whatever the perplexities."""
+        if self._settings.order is Order.RANKED and len(self._demonstrations) > 1:
+            return True
+        if self._settings.ablations.selection is Selection.ALL or self._rate == 0:
             return False
-        if self.whole:
+        if sum(i not in self._pinned for i in self._eligible) < 2:
+            return False
+        if self._whole:
             return not self._fits(self._eligible)
-        all_fit = self.k * self._rate * self._total >= self._total
+        all_fit = self._settings.k * self._rate * self._total >= self._total
         return not (all_fit and self._room(self._eligible) - self._need >= len(self._eligible))
 
-    def plan(self, perplexities: Sequence[float]) -> BudgetPlan:
-        """Select demonstrations and give each part its budget.
+    def plan(self, perplexities: Perplexities) -> Plan:
+        """Select demonstrations and give each part its budget."""
+        if self._settings.order is Order.RANKED:
+            return self._ranked(perplexities)._plan(perplexities)
+        return self._plan(perplexities)
 
-        Args:
-            perplexities: one per demonstration; any numbers where `needs_perplexity` is false.
-        """
+    def _ranked(self, perplexities: Perplexities) -> BudgetController:
+        """The same for demonstrations in descending order of perplexity."""
+        order = [self._demonstrations[i] for i in self._descending(range(len(self._demonstrations)), perplexities)]
+        layout = replace(self._layout, protected=self.protected)
+        numbers = [*layout.numbers(Part.INSTRUCTION), *order, *layout.numbers(Part.QUESTION)]
+        layout = layout.reordered(numbers)
+        return BudgetController(
+            layout, self._tokens, self._named, self._settings, layout.protected, anchor_only=self._anchor_only
+        )
+
+    def _plan(self, perplexities: Perplexities) -> Plan:
         selected = self._select(perplexities)
         room = self._room(selected)
         if selected or room >= self._need:
-            instruction, demonstrations, question = self._share(selected, room)
+            budgets = self._share(selected, room)
         else:
-            instruction, question = self._scale_down(room)
-            demonstrations = 0
-        return BudgetPlan(
-            selected=tuple(sorted(selected)), instruction=instruction, demonstrations=demonstrations, question=question
-        )
+            budgets = self._scale_down(room)
+        pieces = [self._demonstrations[i] for i in sorted(selected)]
+        layout = replace(self._layout, protected=self.protected)
+        demonstrations = layout.units_of(self._demonstrations)
+        taking = np.isin(layout.piece_of[demonstrations], pieces) | self.protected[demonstrations]
+        parts = [
+            layout.units_of(layout.numbers(Part.INSTRUCTION)),
+            demonstrations[taking],
+            layout.units_of(layout.numbers(Part.QUESTION)),
+        ]
+        return Plan(layout=layout, parts=parts, budgets=budgets, selected=pieces)
 
-    def _select(self, perplexities: Sequence[float]) -> list[int]:
-        if self.select_all:
+    @cached_property
+    def _always(self) -> set[int]:
+        """Numbers of the pieces that stand in the text whatever is selected."""
+        others = {n for n, piece in enumerate(self._layout.pieces) if piece.part is not Part.DEMONSTRATION}
+        return others | set(self._layout.piece_of[self.protected].tolist())
+
+    def _room(self, selected: Collection[int]) -> int:
+        """room(D): what the budget leaves once protected text and the separators are paid for."""
+        pieces = self._always | {self._demonstrations[i] for i in selected}
+        return max(0, self._budget - len(self._layout.separator_ids) * max(0, len(pieces) - 1))
+
+    def _select(self, perplexities: Perplexities) -> list[int]:
+        if self._settings.ablations.selection is Selection.ALL:
             return self._eligible
         if self._rate == 0:
             return []
-        if self.whole:
-            return self._select_whole(perplexities)
-        limit = self.k * self._rate * self._total
+        descending = self._descending(self._eligible, perplexities)
+        ranked = sorted(descending, key=lambda i: (0, i) if i in self._pinned else (1, 0))
         selected: list[int] = []
+        if self._whole:
+            for i in ranked:
+                if self._fits([*selected, i]):
+                    selected.append(i)
+            return selected
+        limit = self._settings.k * self._rate * self._total
         length = 0
-        for i in self._ranked(perplexities):
-            if length > limit and i not in self.pinned:
+        for i in ranked:
+            if length > limit and i not in self._pinned:
                 break
             selected.append(i)
-            length += self.demonstrations[i]
+            length += self._lengths[i]
         while selected and self._room(selected) - self._need < len(selected):
             selected.pop()
         return selected
 
-    def _select_whole(self, perplexities: Sequence[float]) -> list[int]:
-        selected: list[int] = []
-        for i in self._ranked(perplexities):
-            if self._fits([*selected, i]):
-                selected.append(i)
-        return selected
+    def _descending(self, demonstrations: Sequence[int], perplexities: Perplexities) -> list[int]:
+        pieces = [self._layout.pieces[n] for n in self._demonstrations]
+        return sorted(demonstrations, key=lambda i: (-perplexities.get(pieces[i].index, 0.0), i))
 
     def _fits(self, selected: Sequence[int]) -> bool:
-        return self._room(selected) - self._need >= sum(self.demonstrations[i] for i in selected)
-
-    def _ranked(self, perplexities: Sequence[float]) -> list[int]:
-        return sorted(self._eligible, key=lambda i: (0, 0.0, i) if i in self.pinned else (1, -perplexities[i], i))
+        return self._room(selected) - self._need >= sum(self._lengths[i] for i in selected)
 
     def _share(self, selected: Sequence[int], room: int) -> tuple[int, int, int]:
         """Budgets of instruction, demonstrations, question: Eq. 3, with the leftover divided by k.
@@ -145,16 +297,17 @@ class BudgetController:
             The paper hands out k·τ_dems·L_dems − L_D coarse tokens although Stage 2 thins the demonstrations by 1/k,
             which overshoots the budget. We hand out that over k, so that the three budgets add up to ``room``.
         """
-        length = sum(self.demonstrations[i] for i in selected)
+        length = sum(self._lengths[i] for i in selected)
         leftover = room - self._need
         if selected:
-            leftover = max(0.0, leftover - length if self.whole else self._rate * self._total - length / self.k)
-        rest = self.instruction + self.question
+            thinned = self._rate * self._total - length / self._settings.k
+            leftover = max(0.0, leftover - length if self._whole else thinned)
+        rest = self._instruction + self._question
         extra = leftover / rest if rest else 0.0
-        instruction = _round(min(1.0, self.instruction_rate + extra) * self.instruction)
-        question = _round(min(1.0, self.question_rate + extra) * self.question)
+        instruction = _round(min(1.0, self._instruction_rate + extra) * self._instruction)
+        question = _round(min(1.0, self._question_rate + extra) * self._question)
         demonstrations = room - instruction - question
-        least = length if self.whole and self._fits(selected) else 0
+        least = length if self._whole and self._fits(selected) else 0
         if demonstrations < least:
             taken = min(question, least - demonstrations)
             question -= taken
@@ -162,20 +315,20 @@ class BudgetController:
             demonstrations = least
         excess = max(0, demonstrations - length)
         demonstrations -= excess
-        given = min(excess, self.instruction - instruction)
-        instruction += given
-        question = min(self.question, question + excess - given)
+        to_instruction = min(excess, self._instruction - instruction)
+        instruction += to_instruction
+        question = min(self._question, question + excess - to_instruction)
         return instruction, demonstrations, question
 
-    def _scale_down(self, room: int) -> tuple[int, int]:
-        """Budgets of instruction and question where even their own rates cannot be paid."""
-        instruction = _round(room * self.instruction_rate * self.instruction / self._need)
+    def _scale_down(self, room: int) -> tuple[int, int, int]:
+        """The budgets where no demonstration takes part and the rates of the other two cannot be paid."""
+        instruction = _round(room * self._instruction_rate * self._instruction / self._need)
         question = room - instruction
-        if instruction > self.instruction:
-            instruction, question = self.instruction, question + instruction - self.instruction
-        if question > self.question:
-            instruction, question = min(self.instruction, instruction + question - self.question), self.question
-        return instruction, question
+        if instruction > self._instruction:
+            instruction, question = self._instruction, question + instruction - self._instruction
+        if question > self._question:
+            instruction, question = min(self._instruction, instruction + question - self._question), self._question
+        return instruction, 0, question
 
 
 def _round(x: float) -> int:

@@ -6,20 +6,37 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from terselm.compress.counter import Count, resolve_counter
-from terselm.compress.forward import require_attention
-from terselm.compress.messages import ChatResult, compress_chat
-from terselm.compress.prompt import Prompt
-from terselm.compress.protect import Keep, compile_keep
-from terselm.compress.reader import Reader
+from terselm.compress.engine.forward import require_attention
+from terselm.compress.engine.reader import ScoreReader
+from terselm.compress.engine.surprisal import SurprisalEngine
+from terselm.compress.length import Length, lengths_of
+from terselm.compress.pipeline import Pipeline
+from terselm.compress.prompt import Keep, Prompt, compile_keep
 from terselm.compress.result import CompressionResult
 from terselm.compress.settings import CompressionSettings
-from terselm.compress.stages import Stages
-from terselm.compress.surprisal import SurprisalEngine
-from terselm.compress.target import Target, targets
 from terselm.models import CausalLM, load_causal_lm
+
+if TYPE_CHECKING:
+    from terselm.compress.messages import ChatResult
+
+
+class Wishes(TypedDict, total=False):
+    """How long one compressed prompt may be, and what must survive; see `PromptCompressor.compress_batch`.
+
+    Attributes:
+        budget: tokens allowed, as ``counter`` counts them.
+        rate: instead, the fraction of the tokens to keep, in (0, 1].
+        keep: what must survive.
+        counter: how tokens are counted; by default as the small LM does.
+    """
+
+    budget: int | None
+    rate: float | None
+    keep: Sequence[Keep]
+    counter: Count | str | None
 
 
 class PromptCompressor:
@@ -38,8 +55,8 @@ class PromptCompressor:
         self.settings = settings or CompressionSettings()
         self.lm = lm
         self._engine = SurprisalEngine(lm)
-        self._reader = Reader(self._engine, self.settings.cache_bytes)
-        self._stages = Stages(lm, self.settings, self._reader)
+        self._reader = ScoreReader(self._engine, self.settings.cache_bytes)
+        self._pipeline = Pipeline(lm, self.settings, self._reader)
 
     @classmethod
     def from_pretrained(
@@ -57,7 +74,7 @@ class PromptCompressor:
         """The same small LM under other settings; what it has read stays known, so ``cache_bytes`` is as before."""
         other = copy.copy(self)
         other.settings = settings
-        other._stages = Stages(self.lm, settings, self._reader)
+        other._pipeline = Pipeline(self.lm, settings, self._reader)
         return other
 
     def compress(
@@ -67,49 +84,34 @@ class PromptCompressor:
         demonstrations: Sequence[str] = (),
         question: str = "",
         pinned: Sequence[int] = (),
-        budget: int | None = None,
-        rate: float | None = None,
-        keep: Sequence[Keep] = (),
-        counter: Count | str | None = None,
+        **wishes: Unpack[Wishes],
     ) -> CompressionResult:
-        """Compress one prompt; see `Prompt` and `compress_batch`."""
+        """Compress one prompt; see `Prompt`, `Wishes` and `compress_batch`."""
         prompt = Prompt(instruction=instruction, demonstrations=demonstrations, question=question, pinned=pinned)
-        return self.compress_batch([prompt], budget=budget, rate=rate, keep=keep, counter=counter)[0]
+        return self.compress_batch([prompt], **wishes)[0]
 
-    def compress_text(
-        self,
-        text: str,
-        *,
-        budget: int | None = None,
-        rate: float | None = None,
-        keep: Sequence[Keep] = (),
-        counter: Count | str | None = None,
-    ) -> CompressionResult:
-        """Compress a text that has no parts: it is treated as one demonstration."""
-        return self.compress(demonstrations=[text], budget=budget, rate=rate, keep=keep, counter=counter)
+    def compress_text(self, text: str, **wishes: Unpack[Wishes]) -> CompressionResult:
+        """Compress a text that has no parts: it is treated as one demonstration. See `Wishes`."""
+        return self.compress(demonstrations=[text], **wishes)
 
-    def compress_messages(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        budget: int | None = None,
-        rate: float | None = None,
-        keep: Sequence[Keep] = (),
-        counter: Count | str | None = None,
-    ) -> ChatResult:
+    def compress_messages(self, messages: Sequence[Mapping[str, Any]], **wishes: Unpack[Wishes]) -> ChatResult:
         """Compress chat messages in OpenAI's form; roles, names, tool calls and attachments stay as they are.
 
         The system's first message is the instruction, the user's last one the question, each turn between them a
-        demonstration. See `compress_batch` for the arguments; the budget is for all texts together.
+        demonstration. See `Wishes` and `compress_batch`; the budget is for all texts together.
         """
-        Target(budget=budget, rate=rate)
-        count = resolve_counter(counter) or self._stages.count
+        from terselm.compress.messages import compress_chat
 
-        def compress(prompt: Prompt, tokens: int) -> CompressionResult:
-            own = None if counter is None else count
-            return self.compress_batch([prompt], budget=tokens, keep=keep, counter=own)[0]
-
-        return compress_chat(messages, compress, count, budget=budget, rate=rate)
+        length = Length(budget=wishes.pop("budget", None), rate=wishes.pop("rate", None))
+        if (counter := resolve_counter(wishes.get("counter"))) is not None:
+            wishes["counter"] = counter
+        return compress_chat(
+            messages,
+            length,
+            count=counter or self._pipeline.count,
+            compress=lambda prompt, budget: self.compress_batch([prompt], budget=budget, **wishes)[0],
+            layout_of=lambda prompt: self._pipeline.layouts.make([prompt], compile_keep(wishes.get("keep", ())))[0],
+        )
 
     def compress_batch(
         self,
@@ -117,6 +119,7 @@ class PromptCompressor:
         *,
         budget: int | Sequence[int] | None = None,
         rate: float | Sequence[float] | None = None,
+        lengths: Sequence[Length] | None = None,
         keep: Sequence[Keep] = (),
         counter: Count | str | None = None,
     ) -> list[CompressionResult]:
@@ -125,6 +128,7 @@ class PromptCompressor:
         Args:
             budget: tokens allowed, as ``counter`` counts them; one number for all prompts or one for each.
             rate: instead, the fraction of each prompt's tokens to keep, in (0, 1].
+            lengths: instead, a budget or a rate for each prompt.
             keep: what must survive: literal strings, compiled regular expressions, `Preset`.
             counter: tokens of a text as the caller counts them: a name (``cl100k_base``, ``gpt-4o``, what
                 `load_tokenizer` takes) or a callable; by default the small LM's.
@@ -135,8 +139,8 @@ class PromptCompressor:
             ConfigError: an unusable ``keep``.
             ContextLengthError: a segment that does not fit into the model's window.
         """
-        each = targets(len(prompts), budget, rate)
-        return self._stages.run(prompts, each, compile_keep(keep), resolve_counter(counter))
+        each = lengths_of(len(prompts), budget, rate, lengths)
+        return self._pipeline.run(prompts, each, compile_keep(keep), resolve_counter(counter))
 
     def warm_up(
         self,
@@ -162,7 +166,7 @@ class PromptCompressor:
         if budget is None and rate is None:
             rate = 0.1
         other = copy.copy(self)
-        other._stages = Stages(self.lm, self.settings, Reader(self._engine, 0))
+        other._pipeline = Pipeline(self.lm, self.settings, ScoreReader(self._engine, 0))
         for _ in range(2):
             other.compress_batch(prompts, budget=budget, rate=rate)
         return time.perf_counter() - started

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from terselm.compress.counter import Count, count_all
-from terselm.compress.itpc import Floats
 from terselm.compress.layout import Layout, Mask
-from terselm.compress.units import Ints
 from terselm.errors import BudgetError
+
+if TYPE_CHECKING:
+    from terselm.statistics import Floats, Ints
 
 
 class BudgetFit:
@@ -22,7 +24,7 @@ class BudgetFit:
         spare: gives the units that did not take part in Stage 2, best first; taken back last.
         budget: in the caller's tokens.
 
-    Attributes, final once `fit` has run:
+    Attributes, final once `steps` has come to its end:
         kept: ``(n_units,)``.
         text, size: the text of what is kept, and its tokens, at most ``budget``.
     """

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from terselm.compress.layout import Layout, Mask
-from terselm.compress.units import Ints
+from terselm.compress.layout import Floats32, Layout, Mask
 from terselm.errors import ContextLengthError
 
-Floats = NDArray[np.float64]
+if TYPE_CHECKING:
+    from terselm.statistics import Floats, Ints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,8 @@ class IterativeCompression:
     """Stage 2 of one prompt.
 
     After each `request`, hand the surprisals of its segment to `receive`; when `request` gives None, `kept`,
-    `margin`, `segment_of` and `surprisal` (all ``(n_units,)``) are final.
+    `margin`, `segment_of` and `surprisal` (all ``(n_units,)``) are final, as are `tokens_read`, the tokens that the model
+    has read, and `tokens_cached`, those whose surprisals came from elsewhere.
 
     Args:
         parts: the units that take part, by part (instruction, demonstrations, question), in source order.
@@ -93,6 +94,8 @@ class IterativeCompression:
         self._restart = False
         self._scored: Mask = np.zeros(0, dtype=bool)
         size = len(layout)
+        self.tokens_read = 0
+        self.tokens_cached = 0
         self.kept: Mask = np.zeros(size, dtype=bool)
         self.margin: Floats = np.full(size, np.nan)
         self.surprisal: Floats = np.full(size, np.nan)
@@ -130,7 +133,7 @@ class IterativeCompression:
         self._read = 0
         self._restart = True
 
-    def receive(self, surprisals: NDArray[np.float32], *, from_model: bool = True) -> None:
+    def receive(self, surprisals: Floats32, *, from_model: bool = True) -> None:
         """Choose among the units of the segment just scored.
 
         Args:
@@ -138,8 +141,11 @@ class IterativeCompression:
             from_model: whether the model has read the request's prefix to answer it.
         """
         if from_model:
+            self.tokens_read += len(self._prefix) - self._read + len(surprisals)
             self._read = len(self._prefix)
             self._restart = False
+        else:
+            self.tokens_cached += len(surprisals)
         if self._next_token:
             surprisals = np.append(surprisals[1:], surprisals[-1])
         segment = self._segments[self._next]

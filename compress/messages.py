@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from terselm.compress.counter import Count
+from terselm.compress.layout import Layout
+from terselm.compress.length import Length
 from terselm.compress.prompt import Part, Prompt
 from terselm.compress.result import CompressionResult
 from terselm.errors import BudgetError, PromptError
 
 Message = Mapping[str, Any]
 Place = tuple[int, int]  # message, text within the message
+Span = tuple[Part, int, int, int]  # part, number of the demonstration, first character, last character + 1
 
 _SYSTEM = ("system", "developer")
 _GLUE = "\n\n"
@@ -76,17 +82,15 @@ class Chat:
     def texts(self) -> list[str]:
         return list(self._texts.values())
 
-    def kept(self, result: CompressionResult) -> dict[Place, str]:
-        """What is left of every text."""
+    def kept(self, spans: Iterable[Span]) -> dict[Place, str]:
+        """What is left of every text where these spans of the prompt are kept."""
         kept = dict.fromkeys(self._texts, "")
-        spans = {(Part.INSTRUCTION, 0): self._spans(self._instruction)}
-        spans |= {(Part.DEMONSTRATION, number): self._spans(turn) for number, turn in enumerate(self._turns)}
-        spans[Part.QUESTION, 0] = self._spans([self._question] if self._question else [])
-        for token in result.tokens:
-            if token.kept:
-                for place, begin in spans[token.part, token.index]:
-                    low, high = token.start - begin, token.end - begin
-                    kept[place] += self._texts[place][max(0, low) : max(0, high)]
+        begins = {(Part.INSTRUCTION, 0): self._begins(self._instruction)}
+        begins |= {(Part.DEMONSTRATION, number): self._begins(turn) for number, turn in enumerate(self._turns)}
+        begins[Part.QUESTION, 0] = self._begins([self._question] if self._question else [])
+        for part, index, start, end in spans:
+            for place, begin in begins[part, index]:
+                kept[place] += self._texts[place][max(0, start - begin) : max(0, end - begin)]
         return kept
 
     def rebuilt(self, kept: Mapping[Place, str]) -> list[dict[str, Any]]:
@@ -111,50 +115,74 @@ class Chat:
     def _join(self, places: Sequence[Place]) -> str:
         return _GLUE.join(self._texts[place] for place in places)
 
-    def _spans(self, places: Sequence[Place]) -> list[tuple[Place, int]]:
+    def _begins(self, places: Sequence[Place]) -> list[tuple[Place, int]]:
         """Where each text begins in the joined one."""
-        spans, begin = [], 0
+        begins, begin = [], 0
         for place in places:
-            spans.append((place, begin))
+            begins.append((place, begin))
             begin += len(self._texts[place]) + len(_GLUE)
-        return spans
+        return begins
 
 
 def compress_chat(
     messages: Sequence[Message],
-    compress: Callable[[Prompt, int], CompressionResult],
-    count: Callable[[str], int],
+    length: Length,
     *,
-    budget: int | None,
-    rate: float | None,
+    count: Count,
+    compress: Callable[[Prompt, int], CompressionResult],
+    layout_of: Callable[[Prompt], Layout],
 ) -> ChatResult:
-    """Compress messages to a budget for all their texts together.
+    """Compress messages to a length for all their texts together.
 
     Args:
         compress: a prompt to a budget, in tokens of ``count``.
+        layout_of: a prompt with what must survive.
 
     Raises:
         BudgetError: a budget that holds nothing of the messages, or less than what must survive.
         PromptError: see `Chat`.
     """
     chat = Chat(messages)
-    original = sum(map(count, chat.texts()))
-    if budget is None:
-        assert rate is not None
-        budget = int(rate * original)
     prompt = chat.prompt()
+    original = sum(map(count, chat.texts()))
+    budget = length.tokens(original, lambda: _smallest(chat, layout_of(prompt), count))
     asked = budget if original > budget else 2 * budget + count(_GLUE.join(chat.texts()))  # then nothing is dropped
     while True:
-        if asked < 1:
-            raise BudgetError(f"a budget of {budget} tokens holds nothing of these messages")
-        result = compress(prompt, asked)
-        kept = chat.kept(result)
+        try:
+            result = compress(prompt, max(1, asked))
+        except BudgetError as error:
+            raise _too_small(budget, error.smallest or 1, _smallest(chat, layout_of(prompt), count)) from None
+        kept = chat.kept((token.part, token.index, token.start, token.end) for token in result.tokens if token.kept)
         size = sum(count(text) for text in kept.values() if text)
         if size <= budget:
             break
+        if asked <= 1:
+            raise _too_small(budget, size)
         asked -= size - budget  # texts that are counted one by one can have more tokens than all in one
     return ChatResult(
         messages=chat.rebuilt(kept), original_tokens=original, compressed_tokens=size, budget=budget, result=result
+    )
+
+
+def _smallest(chat: Chat, layout: Layout, count: Count) -> int:
+    """As `smallest_budget`, but each text is counted by itself."""
+    units = np.flatnonzero(layout.protected)
+    choices = [units] if len(units) else [np.array([unit]) for unit in range(len(layout))]
+    sizes = []
+    for choice in choices:
+        pieces = [layout.pieces[number] for number in layout.piece_of[choice]]
+        spans = zip(pieces, layout.starts[choice].tolist(), layout.ends[choice].tolist(), strict=True)
+        kept = chat.kept((piece.part, piece.index, start, end) for piece, start, end in spans)
+        sizes.append(sum(count(text) for text in kept.values() if text))
+    return min(sizes)
+
+
+def _too_small(budget: int, *sizes: int) -> BudgetError:
+    """The error of a budget that failed, although what must survive might have ``sizes``."""
+    smallest = max(budget + 1, *sizes)
+    return BudgetError(
+        f"a budget of {budget} tokens is too small for these messages; the smallest that could work is {smallest}",
+        smallest=smallest,
     )
 
 

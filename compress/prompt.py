@@ -1,12 +1,13 @@
-"""The three parts of a prompt."""
+"""What a caller hands over: the three parts of a prompt, and the spans of text in it that must survive."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
-from terselm.errors import PromptError
+from terselm.errors import ConfigError, PromptError
 
 
 class Part(StrEnum):
@@ -83,3 +84,53 @@ class Prompt:
     def _named(self) -> list[tuple[str, str]]:
         named = [(f"demonstrations[{i}]", text) for i, text in enumerate(self.demonstrations)]
         return [("instruction", self.instruction), *named, ("question", self.question)]
+
+
+PROMPT_KEYS = tuple(field.name for field in fields(Prompt))
+"""The keys of a prompt that is written as a JSON object."""
+
+
+class Preset(StrEnum):
+    """Kinds of span that callers often want to keep."""
+
+    NUMBERS = "numbers"
+    URLS = "urls"
+    CODE_FENCES = "code_fences"
+
+
+Keep = str | re.Pattern[str] | Preset
+
+_PATTERNS = {
+    Preset.NUMBERS: re.compile(r"[+-]?\d+(?:[.,:/]\d+)*%?"),
+    Preset.URLS: re.compile(r"(?:https?|ftp)://[^\s<>\"')\]]+|www\.[^\s<>\"')\]]+"),
+    Preset.CODE_FENCES: re.compile(r"^(```|~~~).*?^\1[^\n]*$", re.DOTALL | re.MULTILINE),
+}
+
+
+def compile_keep(keep: Sequence[Keep]) -> list[re.Pattern[str]]:
+    """Patterns for literal strings, compiled regular expressions and presets.
+
+    Raises:
+        ConfigError: an empty literal, or something of another type.
+    """
+    if isinstance(keep, str | re.Pattern):
+        keep = [keep]
+    patterns = []
+    for item in keep:
+        if isinstance(item, Preset):
+            patterns.append(_PATTERNS[item])
+        elif isinstance(item, re.Pattern) and isinstance(item.pattern, str):
+            patterns.append(item)
+        elif isinstance(item, str) and item:
+            patterns.append(re.compile(re.escape(item)))
+        else:
+            raise ConfigError(f"keep holds {item!r}; expected a non-empty string, a compiled str pattern or a Preset")
+    return patterns
+
+
+def protected_spans(text: str, patterns: Sequence[re.Pattern[str]]) -> Iterator[tuple[int, int]]:
+    """Start and end (characters) of every match that is not empty."""
+    for pattern in patterns:
+        for match in pattern.finditer(text):
+            if match.end() > match.start():
+                yield match.span()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
-from terselm.compress.prompt import Part
+import numpy as np
+from numpy.typing import NDArray
+
+from terselm.compress.prompt import Part, Piece
 
 
 class Reason(StrEnum):
@@ -50,6 +53,81 @@ class TokenDecision:
     reason: Reason
 
 
+_REASONS = tuple(Reason)
+_OF_KEPT = (Reason.UNCHANGED, Reason.PROTECTED, Reason.ABOVE_THRESHOLD, Reason.TAKEN_BACK)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DecisionArrays:
+    """What became of the units of a prompt, in the smallest types that hold it: about ten bytes a unit.
+
+    Attributes:
+        pieces: that the units are cut from.
+        edges: ``(n_pieces + 1,)``, where each piece's units start.
+        ends: ``(n_units,)``, character in the piece where a unit ends; the next one starts there.
+        costs: ``(n_units,)``, tokens of the small LM.
+        segments: ``(n_units,)``, −1 for none.
+        surprisals: ``(n_units,)``, nats; NaN where the model did not read the unit.
+        reasons: ``(n_units,)``, positions in `Reason`.
+    """
+
+    pieces: Sequence[Piece]
+    edges: NDArray[Any]
+    ends: NDArray[Any]
+    costs: NDArray[Any]
+    segments: NDArray[Any]
+    surprisals: NDArray[Any]
+    reasons: NDArray[Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pieces", tuple(self.pieces))
+        for name, values in self._arrays():
+            object.__setattr__(self, name, _compact(values))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DecisionArrays):
+            return NotImplemented
+        pairs = zip(self._arrays(), other._arrays(), strict=True)
+        return self.pieces == other.pieces and all(
+            np.array_equal(mine, theirs, equal_nan=name == "surprisals") for (name, mine), (_, theirs) in pairs
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.pieces, self.reasons.tobytes()))
+
+    def decisions(self) -> Iterator[TokenDecision]:
+        """One a unit, in the order of the pieces."""
+        for piece, low, high in zip(self.pieces, self.edges[:-1].tolist(), self.edges[1:].tolist(), strict=True):
+            start = 0
+            columns = (self.ends, self.costs, self.segments, self.surprisals, self.reasons)
+            for end, cost, segment, surprisal, reason in zip(*(c[low:high].tolist() for c in columns), strict=True):
+                yield TokenDecision(
+                    part=piece.part,
+                    index=piece.index,
+                    text=piece.text[start:end],
+                    start=start,
+                    end=end,
+                    token_count=cost,
+                    segment=segment if segment >= 0 else None,
+                    surprisal=None if math.isnan(surprisal) else surprisal,
+                    kept=_REASONS[reason] in _OF_KEPT,
+                    reason=_REASONS[reason],
+                )
+                start = end
+
+    def _arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        return ((column.name, getattr(self, column.name)) for column in fields(self)[1:])
+
+
+def _compact(values: NDArray[Any]) -> NDArray[Any]:
+    """The same numbers in the smallest type that holds them all exactly, in an array that owns them."""
+    if values.dtype.kind == "f":
+        narrow = values.astype(np.float32)
+        return narrow if np.array_equal(narrow, values, equal_nan=True) else values.astype(np.float64)
+    least, most = (int(values.min()), int(values.max())) if len(values) else (0, 0)
+    return values.astype(np.promote_types(np.min_scalar_type(least), np.min_scalar_type(most)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompressionResult:
     """A compressed prompt.
@@ -61,6 +139,7 @@ class CompressionResult:
         selected: the demonstrations that survived Stage 1.
         tokens_read: tokens that the small LM read for this prompt.
         tokens_cached: tokens whose surprisals were known from earlier prompts.
+        arrays: what `tokens` is made of.
     """
 
     text: str
@@ -70,7 +149,7 @@ class CompressionResult:
     selected: tuple[int, ...]
     tokens_read: int
     tokens_cached: int
-    _decide: Callable[[], tuple[TokenDecision, ...]] = field(repr=False, compare=False)
+    arrays: DecisionArrays = field(repr=False)
 
     @property
     def ratio(self) -> float:
@@ -82,7 +161,7 @@ class CompressionResult:
     @cached_property
     def tokens(self) -> tuple[TokenDecision, ...]:
         """One decision a unit, in source order; together they rebuild every piece."""
-        return self._decide()
+        return tuple(self.arrays.decisions())
 
     def to_dict(self, *, tokens: bool = False) -> dict[str, Any]:
         """Plain values for JSON."""

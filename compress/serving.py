@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from terselm.compress.bulk.rows import READ_KEYS, Request, read_request
+from terselm.compress.bulk.rows import READ_KEYS, PromptRow, read_prompt_row
 from terselm.compress.compressor import PromptCompressor
 from terselm.compress.result import CompressionResult
 from terselm.errors import PromptError, TerseLMError
@@ -31,7 +31,7 @@ class Waiting:
         counter: tokenizer that its budget is counted in; None is the small LM's.
     """
 
-    request: Request
+    row: PromptRow
     keep: tuple[str, ...] = ()
     counter: str | None = None
     answer: Future[CompressionResult] = field(default_factory=Future)
@@ -68,12 +68,11 @@ class Batcher:
                     last = True
                     break
                 batch.append(other)
-            alike: dict[Any, list[Waiting]] = {}
+            alike: dict[tuple[tuple[str, ...], str | None], list[Waiting]] = {}
             for waiting in batch:
-                if not waiting.answer.set_running_or_notify_cancel():  # whoever asked has gone
+                if not waiting.answer.set_running_or_notify_cancel():  # nobody waits for it any more
                     continue
-                by_budget = waiting.request.target.budget is not None
-                alike.setdefault((waiting.keep, waiting.counter, by_budget), []).append(waiting)
+                alike.setdefault((waiting.keep, waiting.counter), []).append(waiting)
             for group in alike.values():
                 self._answer(group)
             if last:
@@ -90,17 +89,14 @@ class Batcher:
             for waiting, result in zip(group, results, strict=True):
                 waiting.answer.set_result(result)
             return
-        for waiting in group:  # the guilty one alone gets the error
+        for waiting in group:  # only the one that causes the error gets it
             self._answer([waiting])
 
     def _compress(self, group: Sequence[Waiting]) -> list[CompressionResult]:
-        targets = [waiting.request.target for waiting in group]
-        budgets = [target.budget for target in targets if target.budget is not None]
-        rates = [target.rate for target in targets if target.rate is not None]
+        """Requests that keep and count alike."""
         return self._compressor.compress_batch(
-            [waiting.request.prompt for waiting in group],
-            budget=budgets or None,
-            rate=rates or None,
+            [waiting.row.prompt for waiting in group],
+            lengths=[waiting.row.length for waiting in group],
             keep=group[0].keep,
             counter=group[0].counter,
         )
@@ -127,7 +123,7 @@ def make_app(compressor: PromptCompressor, *, most: int = 64) -> FastAPI:
     app = FastAPI(title="TerseLM", lifespan=lifespan)
 
     @app.exception_handler(TerseLMError)
-    async def refuse(_: Request, error: Exception) -> JSONResponse:
+    async def refuse(_: object, error: Exception) -> JSONResponse:
         return JSONResponse({"error": str(error)}, status_code=422)
 
     @app.post("/compress")
@@ -157,4 +153,4 @@ def read(values: dict[str, Any]) -> Waiting:
     if counter is not None and not isinstance(counter, str):
         raise PromptError(f"counter is {counter!r}; expected the name of a tokenizer")
     row = {key: value for key, value in values.items() if key in READ_KEYS}
-    return Waiting(request=read_request(1, row, None, None), keep=tuple(keep), counter=counter)
+    return Waiting(row=read_prompt_row(1, row), keep=tuple(keep), counter=counter)

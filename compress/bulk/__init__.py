@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from terselm.compress.bulk.files import Output, Row, Source, dump_row, open_output, open_source
+from terselm.compress.bulk.files import Output, Row, RowSource, dump_row, open_output, open_source
 from terselm.compress.bulk.journals import Journals
-from terselm.compress.bulk.progress import Progress
-from terselm.compress.bulk.settings import BulkSettings
-from terselm.compress.bulk.work import Worker
+from terselm.compress.bulk.work import BulkSettings, Worker
 from terselm.compress.compressor import PromptCompressor
 from terselm.data.journal import locked
 from terselm.data.rows import Json
 from terselm.errors import ConfigError, DataFormatError
+from terselm.extras import first_line
 from terselm.files import atomic_file, remove_partials
 from terselm.models.process import Process, current_process
+from terselm.progress import Progress
 
 __all__ = ["BulkSettings", "BulkSummary", "compress_file"]
 
@@ -68,7 +68,7 @@ def compress_file(
     Several processes (see `current_process`) share the rows; all of them need to see the same folders.
 
     Args:
-        source: rows as `read_request` takes them.
+        source: rows as `read_prompt_row` takes them.
         out: file to make, ``.jsonl`` or ``.parquet``.
         compressor_factory: loads the compressor of ``settings.model``; called only if there is something to compress.
         settings: how to compress.
@@ -96,7 +96,7 @@ def compress_file(
                 return None
             if not len(journals) == rows.count > 0:  # else it was killed before it could remove the journals
                 raise ConfigError(f"{out} exists already; remove it, or name another output")
-        run = _Run(source=rows, output=output, out=out, journals=journals, process=process)
+        run = _BulkRun(source=rows, output=output, out=out, journals=journals, process=process)
         reused = len(journals)
         run.work(compressor_factory, settings)
         if process.index:
@@ -107,10 +107,10 @@ def compress_file(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Run:
+class _BulkRun:
     """The part of one process in a bulk run."""
 
-    source: Source
+    source: RowSource
     output: Output
     out: Path
     journals: Journals
@@ -163,10 +163,10 @@ class _Run:
         with _writing(out), self.journals.open() as entry:
 
             def result(number: int) -> Json | None:
-                found = entry(number)
-                if "reason" in found:
+                outcome = entry(number)
+                if "reason" in outcome:
                     return None
-                values: Json = found["result"]
+                values: Json = outcome["result"]
                 for name in tokens:
                     tokens[name] += values[name]
                 return values
@@ -179,7 +179,7 @@ class _Run:
                     source.path, None, f"no row could be compressed, the first because: {reason}; {aside} holds all"
                 )
             remove_partials(out)
-            with atomic_file(out) as file:
+            with atomic_file(out, binary=True) as file:
                 self.output.write(file, result)
         return BulkSummary(
             out=out,
@@ -215,16 +215,16 @@ class _Run:
         if self.process.index:
             yield lambda: None
             return
-        progress = Progress(self.source.count, len(self.journals))
+        done = len(self.journals)
+        with Progress(self.source.count, "compressing", "prompt", done=done) as progress:
 
-        def update() -> None:
-            self.journals.refresh()
-            progress.update(len(self.journals))
+            def update() -> None:
+                nonlocal done
+                self.journals.refresh()
+                progress.update(len(self.journals) - done)
+                done = len(self.journals)
 
-        try:
             yield update
-        finally:
-            progress.close()
 
 
 @contextmanager
@@ -233,5 +233,5 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"cannot write {path}: {error.strerror or error}; nothing that is done is lost: mend it and run this again"
+            f"cannot write {path}: {first_line(error)}; nothing that is done is lost: remove the cause and run this again"
         ) from None

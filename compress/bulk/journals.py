@@ -100,8 +100,8 @@ class Journals:
             def entry(number: int) -> Json:
                 path, offset = self._places[number]
                 files[path].seek(offset)
-                found: Json = json.loads(files[path].readline())
-                return found
+                outcome: Json = json.loads(files[path].readline())
+                return outcome
 
             yield entry
 
@@ -112,15 +112,15 @@ class Journals:
             with suppress(OSError):
                 lock_of(path).unlink()
 
-    def _check(self, path: Path, found: Json) -> None:
-        if found == self._binding:
+    def _check(self, path: Path, head: Json) -> None:
+        if head == self._binding:
             return
-        if found.keys() != self._binding.keys():
+        if head.keys() != self._binding.keys():
             raise DataFormatError(path, 1, f"not the head of a journal; remove {path} if it is not needed")
         differences = [
-            "another input" if key == "input" else f"{key} {found[key]!r}, not {self._binding[key]!r}"
-            for key in found
-            if found[key] != self._binding[key]
+            "another input" if key == "input" else f"{key} {head[key]!r}, not {self._binding[key]!r}"
+            for key in head
+            if head[key] != self._binding[key]
         ]
         raise ConfigError(
             f"{path} is of an unfinished run with other settings ({'; '.join(differences)}); give those to finish it, "

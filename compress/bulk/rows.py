@@ -7,21 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from terselm.compress.prompt import Prompt
+from terselm.compress.length import Length
+from terselm.compress.prompt import PROMPT_KEYS, Prompt
 from terselm.compress.result import CompressionResult
-from terselm.compress.target import Target
-from terselm.data.rows import Json
+from terselm.data.jsonl import Json
 from terselm.errors import BudgetError, PromptError
 
-_PARTS = ("instruction", "demonstrations", "question", "pinned")
 _FORMS = "text, prompt, or instruction, demonstrations and question"
 RESULT_KEYS = ("compressed", "original_tokens", "compressed_tokens", "ratio", "selected")
-READ_KEYS = frozenset((*_PARTS, "text", "prompt", "budget", "rate"))
+READ_KEYS = frozenset((*PROMPT_KEYS, "text", "prompt", "budget", "rate"))
 """Keys that are read; all others are passed through."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class PromptRow:
     """What a row asks for.
 
     Attributes:
@@ -30,11 +29,13 @@ class Request:
 
     number: int
     prompt: Prompt
-    target: Target
+    length: Length
 
 
-def read_request(number: int, row: Mapping[str, Any], budget: int | None, rate: float | None) -> Request:
-    """The request of a row; a key whose value is null counts as absent.
+def read_prompt_row(
+    number: int, row: Mapping[str, Any], budget: int | None = None, rate: float | None = None
+) -> PromptRow:
+    """What a row asks for; a key whose value is null counts as absent.
 
     Args:
         number: of the row, from 1.
@@ -44,16 +45,16 @@ def read_request(number: int, row: Mapping[str, Any], budget: int | None, rate: 
 
     Raises:
         PromptError: no prompt, several, or one of the wrong form; or a key that the result needs.
-        BudgetError: no budget and no rate, both, or one that `Target` refuses.
+        BudgetError: no budget and no rate, both, or one that `Length` refuses.
     """
     if taken := [key for key in RESULT_KEYS if key in row]:
         raise PromptError(f"the row has a key {taken[0]!r} already, which the result needs; rename it")
-    given = {key: value for key, value in row.items() if key in READ_KEYS and value is not None}
-    if "budget" in given or "rate" in given:
-        budget, rate = _whole(given.get("budget")), given.get("rate")
+    values = {key: value for key, value in row.items() if key in READ_KEYS and value is not None}
+    if "budget" in values or "rate" in values:
+        budget, rate = _whole(values.get("budget")), values.get("rate")
     if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not math.isfinite(rate)):
         raise BudgetError(f"the rate is {rate!r}; expected a fraction in (0, 1]")
-    return Request(number=number, prompt=_prompt(given), target=Target(budget=budget, rate=rate))
+    return PromptRow(number=number, prompt=_prompt(values), length=Length(budget=budget, rate=rate))
 
 
 def passed_through(row: Mapping[str, Any]) -> Json:
@@ -67,18 +68,18 @@ def result_values(result: CompressionResult) -> Json:
     return {"compressed": values["text"]} | {key: values[key] for key in RESULT_KEYS[1:]}
 
 
-def _prompt(given: Mapping[str, Any]) -> Prompt:
-    parts = {key: given[key] for key in _PARTS if key in given}
-    forms = [*(key for key in ("text", "prompt") if key in given), *list(parts)[:1]]
+def _prompt(values: Mapping[str, Any]) -> Prompt:
+    parts = {key: values[key] for key in PROMPT_KEYS if key in values}
+    forms = [*(key for key in ("text", "prompt") if key in values), *list(parts)[:1]]
     if len(forms) != 1:
-        found = " and ".join(forms) if forms else "no prompt"
-        raise PromptError(f"the row holds {found}; expected one of {_FORMS}")
-    if "text" in given:
-        if not isinstance(given["text"], str):
-            raise PromptError(f"text is a {type(given['text']).__name__}; expected a string")
-        parts = {"demonstrations": [given["text"]]}
-    if "prompt" in given:
-        parts = _nested(given["prompt"])
+        named = " and ".join(forms) if forms else "no prompt"
+        raise PromptError(f"the row holds {named}; expected one of {_FORMS}")
+    if "text" in values:
+        if not isinstance(values["text"], str):
+            raise PromptError(f"text is a {type(values['text']).__name__}; expected a string")
+        parts = {"demonstrations": [values["text"]]}
+    if "prompt" in values:
+        parts = _nested(values["prompt"])
     if not isinstance(parts.get("demonstrations", []), list):
         raise PromptError(f"demonstrations is a {type(parts['demonstrations']).__name__}; expected a list of strings")
     return Prompt(**parts)
@@ -90,8 +91,8 @@ def _nested(prompt: Any) -> dict[str, Any]:
             f"prompt is a {type(prompt).__name__}; expected an object with instruction, demonstrations and question "
             "(a prompt without parts goes under the key text)"
         )
-    if unknown := prompt.keys() - set(_PARTS):
-        raise PromptError(f"prompt has a key {min(unknown)!r}; expected some of {', '.join(_PARTS)}")
+    if unknown := prompt.keys() - set(PROMPT_KEYS):
+        raise PromptError(f"prompt has a key {min(unknown)!r}; expected some of {', '.join(PROMPT_KEYS)}")
     return {key: value for key, value in prompt.items() if value is not None}
 
 

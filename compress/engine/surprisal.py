@@ -1,34 +1,28 @@
-"""The surprisal engine: the one place of the compressor that knows tensors and caches.
+"""The surprisal engine: texts by themselves, and prompts segment by segment.
 
 Surprisal of a token = −log p(token | all before it), nats, float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from terselm.compress.cache import EagerMemory, Memory
-from terselm.compress.forward import Forward
-from terselm.compress.graphs import GraphMemory, GraphPool
+from terselm.compress.engine.forward import EagerMemory, Forward, Memory
 from terselm.compress.itpc import ScoreRequest
-from terselm.compress.units import Ints
-from terselm.errors import ModelError
+from terselm.compress.layout import Floats32
 from terselm.models import CausalLM
-from terselm.models.memory import in_halves
-from terselm.models.reading import grain
+from terselm.models.memory import free_bytes
+from terselm.models.scoring import RowScorer, Window
 
-Surprisals = NDArray[np.float32]
+if TYPE_CHECKING:
+    from terselm.statistics import Ints
 
-_TOKENS_AT_ONCE = {"cpu": 1 << 10, "cuda": 1 << 16}  # of a coarse batch, padding included
 _USUAL_PASS = 128  # tokens of a row: what was kept of a segment, and the next
-_MOST_PADDING = 0.15
-_CPU_CACHE = 2 << 30  # bytes
 _SHARE_FOR_CACHE = 0.4  # of the memory: the buffers double as they grow, and the passes need some too
-_FREE_PADDING = {"cpu": 0, "cuda": 1 << 13}  # tokens that cost less than one more pass would
 
 
 class SurprisalEngine:
@@ -40,41 +34,38 @@ class SurprisalEngine:
 
     def __init__(self, lm: CausalLM) -> None:
         self._forward = Forward(lm)
-        self._graphs = GraphPool(self._forward) if self._forward.device.type == "cuda" else None
+        self._graphs = None
+        if self._forward.device.type == "cuda":
+            from terselm.compress.engine.graphs import GraphPool
+
+            self._graphs = GraphPool(self._forward)
+        self.lm = lm
         self.start_id = lm.start_id
         self.window = lm.window
 
-    def score_texts(self, texts: Sequence[Ints]) -> list[Surprisals]:
+    def score_texts(self, texts: Sequence[Ints]) -> list[Floats32]:
         """Surprisals of texts that each stand alone, after BOS.
 
         A text longer than the window is read in pieces of window − 1 tokens, each after BOS.
 
         Args:
-            texts: token ids, each ``(T_i,)``, not empty.
+            texts: token ids, each ``(T_i,)``.
 
         Returns:
             one ``(T_i,)`` float32 array a text, nats.
         """
-        step = self.window - 1
-        rows = [(i, begin) for i, text in enumerate(texts) for begin in range(0, len(text), step)]
-        pieces = [texts[i][begin : begin + step] for i, begin in rows]
-        results = [np.zeros(len(text), dtype=np.float32) for text in texts]
-        for batch in self._batches([len(piece) for piece in pieces]):
-            pieces_of_batch = [pieces[row] for row in batch]
-            scored = in_halves(
-                self._score_batch, pieces_of_batch, lambda ids: too_large(len(ids)), self.give_back_memory
-            )
-            for row, values in zip(batch, scored, strict=True):
-                text, begin = rows[row]
-                results[text][begin : begin + len(values)] = values
-        return results
+        scorer = RowScorer(
+            self.lm,
+            head=self._forward.head,
+            states_of=self._graphs.texts if self._graphs is not None else None,
+            give_back=self.give_back_memory,
+        )
+        scores = dict(scorer.score(texts, window=Window.PIECES))
+        return [scores[number].nats for number in range(len(texts))]
 
     def rows_at_once(self, longest: int) -> int:
         """How many prompts, none of which reads more than ``longest`` tokens, advance together in the free memory."""
-        if self._forward.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self._forward.device)[0] + _reserved(self._forward.device)
-        else:
-            free = _CPU_CACHE
+        free = free_bytes(self._forward.device)
         return max(1, int(_SHARE_FOR_CACHE * free) // (self._forward.bytes_per_token * longest))
 
     def give_back_memory(self) -> None:
@@ -86,66 +77,17 @@ class SurprisalEngine:
 
     def session(self, rows: int) -> Session:
         """Start reading ``rows`` prompts segment by segment, in lock step."""
-        if self._graphs is not None and self._graphs.takes(rows, _USUAL_PASS):
-            return Session(self, GraphMemory(self._forward, self._graphs, rows), rows)
+        if self._graphs is not None and (memory := self._graphs.memory(rows, _USUAL_PASS)) is not None:
+            return Session(self, memory, rows)
         return Session(self, EagerMemory(self._forward), rows)
 
-    def nll_at(self, states: torch.Tensor, where: Ints, targets: Ints) -> Surprisals:
+    def nll_at(self, states: torch.Tensor, where: Ints, targets: Ints) -> Floats32:
         """−log p of ``targets`` ``(N,)`` after the states at ``where`` ``(N,)`` of the flattened ``(B, S, H)``."""
         chosen = states.flatten(0, 1)[self._tensor(where)]
-        return self._forward.nll(chosen, self._tensor(targets)).cpu().numpy()
-
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Rows of similar length, so that little of a batch is padding."""
-        device = self._forward.device.type
-        most = _TOKENS_AT_ONCE.get(device, _TOKENS_AT_ONCE["cpu"])
-        free = _FREE_PADDING.get(device, 0)
-        batch: list[int] = []
-        padding = 0
-        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-            if batch:
-                longest = lengths[batch[0]]
-                padding += longest - lengths[row]
-                full = (len(batch) + 1) * longest > most
-                if full or (padding > free and lengths[row] < (1 - _MOST_PADDING) * longest):
-                    yield batch
-                    batch, padding = [], 0
-            batch.append(row)
-        if batch:
-            yield batch
-
-    @torch.inference_mode()
-    def _score_batch(self, pieces: Sequence[Ints]) -> list[Surprisals]:
-        lengths = [len(piece) for piece in pieces]
-        ids = np.full((len(pieces), self._width(max(lengths)) + 1), self.start_id, dtype=np.int64)
-        for row, piece in zip(ids, pieces, strict=True):
-            row[1 : len(piece) + 1] = piece
-        states = self._graphs.texts(ids[:, :-1]) if self._graphs is not None else None
-        if states is None:
-            states = self._forward.texts(self._tensor(ids[:, :-1]))
-        real = np.arange(ids.shape[1] - 1) < np.array(lengths)[:, None]
-        flat = self.nll_at(states, np.flatnonzero(real), ids[:, 1:][real])
-        return np.split(flat, np.cumsum(lengths)[:-1])
-
-    def _width(self, longest: int) -> int:
-        step = grain(longest) if self._forward.device.type == "cpu" else 1
-        return min(self.window, -(-longest // step) * step)
+        return self._forward.head.nll(chosen, self._tensor(targets)).cpu().numpy()
 
     def _tensor(self, array: Ints) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._forward.device, non_blocking=True)
-
-
-def too_large(tokens: int) -> ModelError:
-    """The error of a prompt that does not fit into memory even by itself."""
-    return ModelError(
-        f"the GPU has too little free memory to read {tokens} tokens with this model; "
-        "choose a smaller small LM, a dtype of fewer bits, or device cpu"
-    )
-
-
-def _reserved(device: torch.device) -> int:
-    """Bytes that torch holds and does not use."""
-    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 class Session:
@@ -167,11 +109,12 @@ class Session:
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows only, in this order."""
         self._memory.select(rows)
-        for name in ("_slots", "_length", "_last_id", "_last_slot"):
-            setattr(self, name, getattr(self, name)[list(rows)])
+        chosen = list(rows)
+        self._slots, self._length = self._slots[chosen], self._length[chosen]
+        self._last_id, self._last_slot = self._last_id[chosen], self._last_slot[chosen]
 
     @torch.inference_mode()
-    def step(self, requests: Sequence[ScoreRequest]) -> list[Surprisals]:
+    def step(self, requests: Sequence[ScoreRequest]) -> list[Floats32]:
         """Surprisals of each row's segment, ``(len(segment),)`` float32, nats. One request a row."""
         pending = [self._take(row, request) for row, request in enumerate(requests)]
         width = max(len(tokens) for tokens in pending)
@@ -188,7 +131,7 @@ class Session:
             before = np.concatenate([[len(tokens) - 1], np.arange(width, width + size - 1)])
             columns.append(row * shape[1] + before)
             targets.append(request.segment)
-        states = self._memory.read(ids, positions, np.concatenate([self._slots, positions], axis=1))
+        states = self._memory.read(ids, positions, np.concatenate([self._slots, positions], axis=1), width)
         self._keep(pending, positions[:, :width])
         flat = self._engine.nll_at(states, np.concatenate(columns), np.concatenate(targets))
         return np.split(flat, np.cumsum([len(target) for target in targets])[:-1])
@@ -214,6 +157,5 @@ class Session:
         for row, tokens in enumerate(pending):
             self._length[row] += len(tokens)
             self._last_id[row] = tokens[-1]
-            self._last_slot[row] = self._memory.used + len(tokens) - 1
+            self._last_slot[row] = self._slots.shape[1] + len(tokens) - 1
         self._slots = np.concatenate([self._slots, positions], axis=1)
-        self._memory.used += positions.shape[1]

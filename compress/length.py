@@ -1,20 +1,17 @@
-"""What the caller asks for: a budget or a rate."""
+"""How long a compressed prompt may be."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from terselm.compress.counter import Count
-from terselm.compress.fit import smallest_budget
-from terselm.compress.layout import Layout
 from terselm.errors import BudgetError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
-    """How long one compressed prompt may be.
+class Length:
+    """How long one compressed prompt may be: a budget or a rate.
 
     Attributes:
         budget: tokens allowed, as the caller counts them.
@@ -29,8 +26,8 @@ class Target:
 
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.rate is None):
-            given = "both a budget and a rate are" if self.budget is not None else "neither a budget nor a rate is"
-            raise BudgetError(f"{given} given; give exactly one of the two")
+            fault = "both a budget and a rate are" if self.budget is not None else "neither a budget nor a rate is"
+            raise BudgetError(f"{fault} given; give exactly one of the two")
         if self.budget is not None and (
             isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < 1
         ):
@@ -38,8 +35,11 @@ class Target:
         if self.rate is not None and not 0 < self.rate <= 1:
             raise BudgetError(f"the rate is {self.rate!r}; expected a fraction in (0, 1]")
 
-    def tokens(self, original: int, layout: Layout, count: Count) -> int:
+    def tokens(self, original: int, smallest: Callable[[], int]) -> int:
         """The budget for a prompt of ``original`` tokens.
+
+        Args:
+            smallest: tells the smallest budget that could work.
 
         Raises:
             BudgetError: the rate leaves not a single token.
@@ -49,24 +49,33 @@ class Target:
         assert self.rate is not None
         budget = math.floor(self.rate * original)
         if budget < min(1, original):
-            smallest = max(1, smallest_budget(layout, count))
+            least = max(1, smallest())
             raise BudgetError(
                 f"a rate of {self.rate} leaves none of {original} tokens; the smallest budget that could work is "
-                f"{smallest}",
-                smallest=smallest,
+                f"{least}",
+                smallest=least,
             )
         return budget
 
 
-def targets(prompts: int, budget: int | Sequence[int] | None, rate: float | Sequence[float] | None) -> list[Target]:
-    """One target a prompt, from one number for all or one each.
+def lengths_of(
+    prompts: int,
+    budget: int | Sequence[int] | None,
+    rate: float | Sequence[float] | None,
+    lengths: Sequence[Length] | None,
+) -> Sequence[Length]:
+    """One length a prompt, from one number for all, one number each, or ``lengths``.
 
     Raises:
-        BudgetError: not as many numbers as prompts, or a number that `Target` refuses.
+        BudgetError: not as many as prompts, several of the three, or a number that `Length` refuses.
     """
-    for name, given in (("budgets", budget), ("rates", rate)):
-        if isinstance(given, Sequence) and len(given) != prompts:
-            raise BudgetError(f"{len(given)} {name} for {prompts} prompts; give one number for all or one for each")
+    for name, each in (("budgets", budget), ("rates", rate), ("lengths", lengths)):
+        if isinstance(each, Sequence) and len(each) != prompts:
+            raise BudgetError(f"{len(each)} {name} for {prompts} prompts; give one number for all or one for each")
+    if lengths is not None:
+        if budget is not None or rate is not None:
+            raise BudgetError("lengths are given beside a budget or a rate; give one of the three")
+        return lengths
     budgets = budget if isinstance(budget, Sequence) else [budget] * prompts
     rates = rate if isinstance(rate, Sequence) else [rate] * prompts
-    return [Target(budget=b, rate=r) for b, r in zip(budgets, rates, strict=True)]
+    return [Length(budget=b, rate=r) for b, r in zip(budgets, rates, strict=True)]

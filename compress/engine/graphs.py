@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from terselm.compress.forward import Forward
-from terselm.compress.units import Ints
+from terselm.compress.engine.forward import Forward
+
+if TYPE_CHECKING:
+    from terselm.statistics import Ints
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +99,10 @@ class GraphPool:
         states = self._replay(shape, self._forward.texts, _padded(ids, shape, 0))
         return states[: len(ids), : ids.shape[1]] if states is not None else None
 
+    def memory(self, rows: int, length: int) -> GraphMemory | None:
+        """Static buffers for ``rows`` prompts; None where passes of this shape are better run as they are."""
+        return GraphMemory(self._forward, self, rows) if self.takes(rows, length) else None
+
     def cache(self, rows: int, slots: int) -> StaticCache:
         return self._caches.setdefault((rows, slots), StaticCache(slots))
 
@@ -148,29 +154,30 @@ class GraphMemory:
         self._pool = pool
         self._rows = _rows(rows)
         self._cache = pool.cache(self._rows, _SLOTS)
-        self.used = 0
+        self._used = 0
 
-    def read(self, ids: Ints, positions: Ints, slots: Ints) -> Tensor:
+    def read(self, ids: Ints, positions: Ints, slots: Ints, keep: int) -> Tensor:
         rows, length = ids.shape
         padded = _round_up(length, _STEP)
-        if self.used + padded > self._cache.slots:
-            self._move(self._rows, range(self._rows), self.used + padded)
+        if self._used + padded > self._cache.slots:
+            self._move(self._rows, range(self._rows), self._used + padded)
         shape = (self._rows, padded)
         held = _padded(slots, (self._rows, self._cache.slots), -1)
-        new = np.arange(self.used, self.used + padded)
+        new = np.arange(self._used, self._used + padded)
         arrays = _padded(ids, shape, 0), _padded(positions, shape, -1), held, new
         states = self._pool.extend(*arrays, self._cache)
         if states is None:
             device = self._forward.device
             tokens, places, holds, self._cache.new = (torch.from_numpy(array).to(device) for array in arrays)
             states = self._forward.extend(tokens, places, holds, self._cache.new, self._cache)
+        self._used += keep
         return states[:rows, :length]
 
     def select(self, rows: Sequence[int]) -> None:
         self._move(_rows(len(rows)), rows, self._cache.slots)
 
     def clear(self) -> None:
-        self.used = 0
+        self._used = 0
 
     def _move(self, rows: int, which: Sequence[int], slots: int) -> None:
         """Take what was read over into the cache for ``rows`` rows and at least ``slots`` slots."""
@@ -178,18 +185,18 @@ class GraphMemory:
         while size < slots:
             size *= 2
         old, self._cache, self._rows = self._cache, self._pool.cache(rows, size), rows
-        if not old.buffers or not self.used:
+        if not old.buffers or not self._used:
             return
         index = torch.tensor(list(which)[:rows], device=old.buffers[0][0].device)
         for layer, (keys, values) in enumerate(old.buffers):
-            kept_keys, kept_values = keys[index, :, : self.used], values[index, :, : self.used]
+            kept_keys, kept_values = keys[index, :, : self._used], values[index, :, : self._used]
             if layer == len(self._cache.buffers):
                 shape = (rows, keys.shape[1], size)
                 self._cache.buffers.append(
                     (keys.new_zeros(*shape, keys.shape[3]), values.new_zeros(*shape, values.shape[3]))
                 )
             for buffer, kept in zip(self._cache.buffers[layer], (kept_keys, kept_values), strict=True):
-                buffer[: len(index), :, : self.used] = kept
+                buffer[: len(index), :, : self._used] = kept
 
 
 def _rows(rows: int) -> int:

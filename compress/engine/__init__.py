@@ -1,0 +1,1 @@
+"""Surprisals under the small LM: what of the compressor knows tensors."""

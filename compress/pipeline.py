@@ -1,0 +1,229 @@
+"""The three stages, for many prompts at once (docs/algorithm.md)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from terselm.compress.budget import BudgetController, Plan, allocate
+from terselm.compress.counter import Count, TokenizerCounter, count_all
+from terselm.compress.fit import BudgetFit, fit_all, smallest_budget
+from terselm.compress.itpc import IterativeCompression
+from terselm.compress.layout import Floats32, Layout, LayoutMaker
+from terselm.compress.length import Length
+from terselm.compress.prompt import Part, Prompt
+from terselm.compress.result import CompressionResult, DecisionArrays, Reason
+from terselm.compress.settings import CompressionSettings, Selection
+from terselm.models import CausalLM
+
+if TYPE_CHECKING:
+    from terselm.compress.engine.reader import ScoreReader
+    from terselm.statistics import Floats, Ints
+
+_CODE = {reason: code for code, reason in enumerate(Reason)}
+
+
+@dataclass(kw_only=True)
+class _Job:
+    """A prompt that has to become shorter, and what is known of it.
+
+    Attributes:
+        original, budget: tokens, as the caller counts them.
+        read: surprisals of demonstrations by themselves, by number of the demonstration.
+        ranks: random numbers in the place of perplexities (an ablation).
+        tokens_read, tokens_cached: in Stage 1, or in Stage 3.
+    """
+
+    layout: Layout
+    controller: BudgetController
+    original: int
+    budget: int
+    read: dict[int, Floats32] = field(default_factory=dict)
+    ranks: dict[int, float] | None = None
+    tokens_read: int = 0
+    tokens_cached: int = 0
+
+    def perplexities(self) -> dict[int, float]:
+        """By number of the demonstration, of those that were read."""
+        if self.ranks is not None:
+            return self.ranks
+        means = {index: float(values.mean(dtype=np.float64)) for index, values in self.read.items()}
+        return {index: float(np.exp(min(mean, 700.0))) for index, mean in means.items()}
+
+    @cached_property
+    def chance(self) -> np.random.Generator:
+        """The same whenever the same prompt comes."""
+        return np.random.default_rng(list(blake2b(self.layout.ids.tobytes(), digest_size=16).digest()))
+
+
+class Pipeline:
+    """Takes prompts through the stages under one set of settings.
+
+    Args:
+        reader: has the small LM read; several sets of settings may share it.
+
+    Attributes:
+        count: the small LM's own counter.
+    """
+
+    def __init__(self, lm: CausalLM, settings: CompressionSettings, reader: ScoreReader) -> None:
+        self._settings = settings
+        self._window = lm.window
+        self._reader = reader
+        self.count = TokenizerCounter(lm.tokenizer)
+        self.layouts = LayoutMaker(self.count.backend, settings)
+
+    def run(
+        self,
+        prompts: Sequence[Prompt],
+        lengths: Sequence[Length],
+        patterns: Sequence[re.Pattern[str]],
+        counter: Count | None,
+    ) -> list[CompressionResult]:
+        """One result a prompt; see `PromptCompressor.compress_batch`.
+
+        Args:
+            patterns: what must survive.
+            counter: the caller's; the small LM's if None.
+        """
+        count = counter or self.count
+        layouts = self.layouts.make(prompts, patterns)
+        originals = count_all(count, [layout.text(np.ones(len(layout), dtype=bool)) for layout in layouts])
+        results: dict[int, CompressionResult] = {}
+        jobs: dict[int, _Job] = {}
+        for number, (prompt, layout, length, original) in enumerate(
+            zip(prompts, layouts, lengths, originals, strict=True)
+        ):
+            budget = length.tokens(original, partial(smallest_budget, layout, count))
+            if original <= budget:
+                results[number] = _unchanged(layout, original, budget)
+                continue
+            tokens = budget if counter is None else budget * layout.total_tokens // max(1, original)
+            controller = allocate(layout, tokens, prompt, self._settings, partial(_excess, count, budget))
+            jobs[number] = _Job(layout=layout, controller=controller, original=original, budget=budget)
+        results |= zip(jobs, self._shorten(list(jobs.values()), count), strict=True)
+        return [results[number] for number in range(len(prompts))]
+
+    def _shorten(self, jobs: Sequence[_Job], count: Count) -> list[CompressionResult]:
+        self._read_demonstrations(jobs)
+        plans = [job.controller.plan(job.perplexities()) for job in jobs]
+        stages = [self._stage_two(plan) for plan in plans]
+        if self._settings.ablations.random_tokens:
+            for job, plan, stage in zip(jobs, plans, stages, strict=True):
+                job.layout = plan.layout
+                _keep_at_random(stage, job.chance)
+        else:
+            self._reader.run_stage_two(stages)
+        fits = [
+            BudgetFit(plan.layout, stage.kept, stage.margin, partial(self._spare, job, plan), job.budget, count)
+            for job, plan, stage in zip(jobs, plans, stages, strict=True)
+        ]
+        fit_all(fits)
+        return [_shortened(*each) for each in zip(jobs, plans, stages, fits, strict=True)]
+
+    def _read_demonstrations(self, jobs: Sequence[_Job]) -> None:
+        if self._settings.ablations.selection is Selection.RANDOM:
+            for job in jobs:
+                pieces = [job.layout.pieces[n] for n in job.layout.numbers(Part.DEMONSTRATION)]
+                numbers = job.chance.random(len(pieces)).tolist()
+                job.ranks = {piece.index: number for piece, number in zip(pieces, numbers, strict=True)}
+        else:
+            self._read([job for job in jobs if job.controller.needs_perplexities])
+
+    def _read(self, jobs: Sequence[_Job]) -> None:
+        if not jobs:
+            return
+        for job, reading in zip(jobs, self._reader.read_demonstrations([job.layout for job in jobs]), strict=True):
+            job.read = reading.surprisals
+            job.tokens_read += reading.tokens_read
+            job.tokens_cached += reading.tokens_cached
+
+    def _stage_two(self, plan: Plan) -> IterativeCompression:
+        return IterativeCompression(
+            plan.layout,
+            plan.parts,
+            plan.budgets,
+            segment_size=self._settings.segment_size,
+            window=self._window,
+            one_pass=self._settings.ablations.one_pass,
+            next_token=self._settings.ablations.next_token,
+        )
+
+    def _spare(self, job: _Job, plan: Plan) -> Ints:
+        """What Stage 3 may take back of the demonstrations that were not selected: only now are these read."""
+        if plan.left_out and not job.read and job.ranks is None:
+            self._read([job])
+        return plan.spare(job.perplexities())
+
+
+def _excess(count: Count, budget: int, text: str) -> int:
+    return count(text) - budget
+
+
+def _keep_at_random(stage: IterativeCompression, chance: np.random.Generator) -> None:
+    """Stage 2 with chance in the place of surprisal."""
+    while (request := stage.request()) is not None:
+        stage.receive(chance.random(len(request.segment), dtype=np.float32), from_model=False)
+    stage.surprisal[:] = np.nan
+    stage.tokens_cached = 0
+
+
+def _unchanged(layout: Layout, original: int, budget: int) -> CompressionResult:
+    """The result of a prompt that fits as it is."""
+    size = len(layout)
+    return CompressionResult(
+        text=layout.text(np.ones(size, dtype=bool)),
+        original_tokens=original,
+        compressed_tokens=original,
+        budget=budget,
+        selected=tuple(layout.pieces[n].index for n in layout.numbers(Part.DEMONSTRATION)),
+        tokens_read=0,
+        tokens_cached=0,
+        arrays=_arrays(layout, np.full(size, -1), np.full(size, np.nan), np.full(size, _CODE[Reason.UNCHANGED])),
+    )
+
+
+def _shortened(job: _Job, plan: Plan, stage: IterativeCompression, fit: BudgetFit) -> CompressionResult:
+    layout, kept = plan.layout, fit.kept
+    reasons = np.where(stage.segment_of >= 0, _CODE[Reason.BELOW_THRESHOLD], _CODE[Reason.DEMONSTRATION_DROPPED])
+    reasons[stage.kept] = _CODE[Reason.OVER_BUDGET]
+    reasons[kept] = np.where(stage.kept[kept], _CODE[Reason.ABOVE_THRESHOLD], _CODE[Reason.TAKEN_BACK])
+    reasons[layout.protected] = _CODE[Reason.PROTECTED]
+    return CompressionResult(
+        text=fit.text,
+        original_tokens=job.original,
+        compressed_tokens=fit.size,
+        budget=job.budget,
+        selected=tuple(layout.pieces[n].index for n in plan.selected),
+        tokens_read=job.tokens_read + stage.tokens_read,
+        tokens_cached=job.tokens_cached + stage.tokens_cached,
+        arrays=_arrays(layout, stage.segment_of, _surprisals(job, layout, stage), reasons),
+    )
+
+
+def _surprisals(job: _Job, layout: Layout, stage: IterativeCompression) -> Floats:
+    """``(n_units,)``, nats: given what was kept before, else in the demonstration by itself, else NaN."""
+    surprisal = np.full(len(layout), np.nan)
+    for number in layout.numbers(Part.DEMONSTRATION):
+        if (tokens := job.read.get(layout.pieces[number].index)) is not None:
+            low, high = layout.edges[number], layout.edges[number + 1]
+            surprisal[low:high] = np.add.reduceat(tokens.astype(np.float64), layout.first[low:high] - layout.first[low])
+    return np.where(np.isnan(stage.surprisal), surprisal, stage.surprisal)
+
+
+def _arrays(layout: Layout, segments: Ints, surprisals: Floats, reasons: Ints) -> DecisionArrays:
+    return DecisionArrays(
+        pieces=layout.pieces,
+        edges=layout.edges,
+        ends=layout.ends,
+        costs=layout.cost,
+        segments=segments,
+        surprisals=surprisals,
+        reasons=reasons,
+    )
