@@ -25,7 +25,7 @@ from typing import Any
 import frame
 from against_llmlingua.prompts import PromptMaker, bundled, gsm8k
 
-from terselm.data.jsonl import read_objects
+from terselm.data.rows import read_objects
 from terselm.errors import TerseLMError
 from terselm.models import load_tokenizer
 

@@ -24,8 +24,8 @@ from terselm.data.collection.export import logprobs_of
 from terselm.data.collection.settings import CollectSettings, LogProbSettings, PromptTemplate
 from terselm.data.logprobs import LogProbFile
 from terselm.data.records import read_records
-from terselm.data.sources import load_instructions
-from terselm.data.texts import record_text
+from terselm.data.instructions import load_instructions
+from terselm.data.schema import record_text
 from terselm.models import load_causal_lm
 
 TEMPLATE = PromptTemplate(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from terselm.compress.words import word_spans, words_of_tokens
 from terselm.data.logprobs import Given, LogProbFile, ScoredText
 from terselm.data.score import score_texts
-from terselm.data.texts import PlainText
+from terselm.data.schema import PlainText
 from terselm.errors import ConfigError
 from terselm.models import CausalLM, load_tokenizer
 from terselm.train.templates import RenderedRecord

@@ -16,7 +16,7 @@ from terselm.compress.bulk.settings import BulkSettings
 from terselm.compress.bulk.work import Worker
 from terselm.compress.compressor import PromptCompressor
 from terselm.data.journal import locked
-from terselm.data.jsonl import Json
+from terselm.data.rows import Json
 from terselm.errors import ConfigError, DataFormatError
 from terselm.files import atomic_file, remove_partials
 from terselm.models.process import Process, current_process

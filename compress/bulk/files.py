@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from terselm.compress.bulk.rows import passed_through
-from terselm.data.jsonl import Json, parse_object
+from terselm.data.rows import Json, parse_object
 from terselm.errors import ConfigError, DataFormatError
 
 _JSONL = (".jsonl", ".ndjson")

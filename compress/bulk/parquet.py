@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from terselm.compress.bulk.files import Output, Results, Row, Source
 from terselm.compress.bulk.rows import READ_KEYS, RESULT_KEYS, passed_through
-from terselm.data.jsonl import Json
+from terselm.data.rows import Json
 from terselm.errors import ConfigError, DataFormatError
 
 _ROWS_AT_ONCE = 1024

@@ -10,7 +10,7 @@ from typing import Any
 from terselm.compress.prompt import Prompt
 from terselm.compress.result import CompressionResult
 from terselm.compress.target import Target
-from terselm.data.jsonl import Json
+from terselm.data.rows import Json
 from terselm.errors import BudgetError, PromptError
 
 _PARTS = ("instruction", "demonstrations", "question", "pinned")

@@ -9,7 +9,7 @@ from terselm.compress.bulk.rows import Request, read_request, result_values
 from terselm.compress.bulk.settings import BulkSettings
 from terselm.compress.compressor import PromptCompressor
 from terselm.compress.counter import resolve_counter
-from terselm.data.jsonl import Json
+from terselm.data.rows import Json
 from terselm.errors import BudgetError, ContextLengthError, PromptError, TerseLMError
 
 _FAULTS_OF_A_ROW = (BudgetError, PromptError, ContextLengthError)

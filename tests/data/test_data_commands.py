@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from terselm.cli.app import app
 from terselm.data.records import read_records
-from terselm.data.sources import load_instructions
+from terselm.data.instructions import load_instructions
 from terselm.errors import TerseLMError
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"

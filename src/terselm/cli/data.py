@@ -92,7 +92,7 @@ def _settings(config: Path | None, named: dict[str, str | None], overrides: list
 def _load(source: str) -> Any:
     import logging
 
-    from terselm.data.sources import load_instructions
+    from terselm.data.instructions import load_instructions
 
     loaded = load_instructions(source)
     if loaded.duplicates:

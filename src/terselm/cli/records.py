@@ -22,7 +22,7 @@ _Out = Annotated[Path, typer.Option(help="File to write; it must not exist.")]
 def stats(records: _Records) -> None:
     """Count records, prompts, tokens, models and lengths."""
     from terselm.data.records import read_records
-    from terselm.data.summaries import statistics
+    from terselm.data.records import statistics
 
     print(json.dumps(asdict(statistics(read_records(records))), indent=2, ensure_ascii=False))
 
@@ -75,8 +75,8 @@ def instructions(
 ) -> None:
     """Read instructions from any source, take out what must not be asked, and write them in our own form."""
     from terselm.data.instructions import write_instructions
-    from terselm.data.sources import load_instructions
-    from terselm.data.sources.clean import without_near_duplicates, without_overlap
+    from terselm.data.instructions import load_instructions
+    from terselm.data.instructions import without_near_duplicates, without_overlap
 
     _new(out)
     loaded = load_instructions(source)
