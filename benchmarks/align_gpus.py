@@ -7,7 +7,6 @@ Needs two GPUs. The global batch is the same, so the losses must agree; they dif
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -16,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from terselm.files import atomic_file
+import frame
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "align" / "smollm2-135m-gpu.yaml"
@@ -28,13 +27,13 @@ LAUNCHERS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__, out=frame.RESULTS / "align_gpus.json")
     parser.add_argument("--model", default="smollm2-135m", help="alias, folder or hub id")
     parser.add_argument("--records", type=Path, required=True, help="JSON Lines file")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "align_gpus.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the alignment")
     options = parser.parse_args()
     settings = [f"model={options.model}", f"data.records={options.records.absolute()}", *options.overrides]
+    about = frame.circumstances()
     with tempfile.TemporaryDirectory() as scratch:
         runs = {name: run(name, settings, Path(scratch) / name.replace(" ", "-")) for name in LAUNCHERS}
     one, two = runs.values()
@@ -44,13 +43,12 @@ def main() -> None:
         "data": {**one["data"], "records": options.records.name},
         "speedup": steady_rate(two) / steady_rate(one),
         "largest_loss_difference": largest_loss_difference(one, two),
+        **about,
         "versions": two["versions"],
         "hardware": two["hardware"],
         "runs": {name: summary(metrics) for name, metrics in runs.items()},
     }
-    with atomic_file(options.out) as file:
-        json.dump(result, file, indent=2)
-        file.write("\n")
+    frame.write_result(options.out, result)
     print_table(result)
 
 
@@ -103,4 +101,4 @@ def print_table(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    frame.run(main)

@@ -25,17 +25,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import frame
 import numpy as np
 from alignment_quality.aligning import Budget, Reading, Variant, align, open_small, read, save
 from alignment_quality.texts import HeldOut, Sources, Texts, gather
 
 from terselm.errors import TerseLMError
-from terselm.files import atomic_file
 from terselm.models import load_causal_lm
-from terselm.train.hardware import quieten_libraries
-from terselm.train.provenance import describe_hardware, describe_versions
-from terselm.train.report.measures import Measure, compare_words
 from terselm.train.settings import LossOn, ObjectiveSettings
+from terselm.train.hardware import quieten_libraries
+from terselm.train.report.measures import Measure, compare_words
 
 ALL = ("given", "answers", "free")
 
@@ -64,7 +63,7 @@ VARIANTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__, out=frame.RESULTS / "align_objectives.json")
     parser.add_argument("--datasets", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--answers", type=Path, help="records with the target's answers")
     parser.add_argument("--free", type=Path, help="records with what the target wrote after a few words")
@@ -83,7 +82,6 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--at-once", type=int, default=1, help="trainings that share the device")
     parser.add_argument("--save", type=Path, help="folder for the aligned models of the first seed")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/align_objectives.json"))
     options = parser.parse_args()
     quieten_libraries()
     run(options)
@@ -248,15 +246,11 @@ def store(runs: list[dict[str, Any]], texts: Texts, options: argparse.Namespace)
         **chosen(options),
         **texts.describe(),
         "variants": {name: asdict(VARIANTS[name]) for name in names},
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": describe_versions(),
-        "hardware": describe_hardware(),
+        **frame.circumstances(),
         "runs": sorted(runs, key=lambda run: (names.index(run["variant"]), run["seed"])),
     }
-    with atomic_file(options.out) as file:
-        json.dump(result, file, indent=1)
-        file.write("\n")
+    frame.write_result(options.out, result, indent=1)
 
 
 if __name__ == "__main__":
-    main()
+    frame.run(main)

@@ -19,18 +19,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import frame
 from against_llmlingua.prompts import PromptMaker, bundled, gsm8k
 
 from terselm.data.rows import read_objects
 from terselm.errors import TerseLMError
-from terselm.files import atomic_file
 from terselm.models import load_tokenizer
-from terselm.train.provenance import describe_hardware, git_commit
 
 _COMMAND = "from terselm.cli import main; main()"
 _CONFIG = Path(__file__).parents[1] / "configs" / "compress" / "paper.yaml"
@@ -38,6 +35,7 @@ _CONFIG = Path(__file__).parents[1] / "configs" / "compress" / "paper.yaml"
 
 def main() -> None:
     options = parse()
+    result = frame.circumstances()
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "prompts.jsonl"
         tokens = write_prompts(source, options)
@@ -45,11 +43,7 @@ def main() -> None:
         for processes in options.processes:
             out = Path(scratch) / f"out-{processes}.jsonl"
             runs.append(run(source, out, processes, options) | check(source, out, options.budget))
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "versions": {name: version(name) for name in ("terselm", "torch", "transformers")},
-        "hardware": describe_hardware(),
+    result |= {
         "model": Path(options.model).name,
         "prompts": options.prompts,
         "prompt_tokens": tokens,
@@ -58,14 +52,11 @@ def main() -> None:
         "runs": runs,
     }
     print(json.dumps(result, indent=2))
-    if options.out:
-        with atomic_file(options.out) as file:
-            json.dump(result, file, indent=2)
-            file.write("\n")
+    frame.write_result(options.out, result)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--gsm8k", type=Path, metavar="FILE", help="GSM8K's train.jsonl, to make the prompts of")
     parser.add_argument("--prompts", type=int, default=10_000)
@@ -74,7 +65,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--processes", type=int, nargs="+", default=[1], help="one run for each number")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
     return parser.parse_args()
 
 
@@ -157,4 +147,4 @@ def check(source: Path, out: Path, budget: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    frame.run(main)

@@ -12,19 +12,17 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
 import tempfile
 import time
 from bisect import bisect_left
-from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from terselm.files import atomic_file
+import frame
 
 IN_FLIGHT = 500
 LATENCY = 5.0  # seconds
@@ -33,24 +31,19 @@ MINUTES = 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the figures")
+    parser = frame.parser(__doc__, required=True)
     parser.add_argument("--serve", nargs=3, metavar=("LEAST", "MOST", "NOTES"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.serve:
-        asyncio.run(serve(float(given.serve[0]), float(given.serve[1]), Path(given.serve[2])))
+    options = parser.parse_args()
+    if options.serve:
+        asyncio.run(serve(float(options.serve[0]), float(options.serve[1]), Path(options.serve[2])))
         return
     result = {
         "command": "python benchmarks/collect_endpoint.py",
-        "date": time.strftime("%Y-%m-%d"),
+        **frame.circumstances("openai"),
         "memory": memory(),
         "limit": limit(),
-        "versions": {name: version(name) for name in ("terselm", "openai")} | {"python": platform.python_version()},
-        "hardware": {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count()},
     }
-    with atomic_file(given.out) as file:
-        json.dump(result, file, indent=2)
-        file.write("\n")
+    frame.write_result(options.out, result)
     print(json.dumps(result, indent=2))
 
 
@@ -142,4 +135,4 @@ async def serve(least: float, most: float, notes: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    frame.run(main)

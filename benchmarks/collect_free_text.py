@@ -8,12 +8,12 @@ beside the file, so the same command goes on where it was stopped.
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import frame
 from alignment_quality import domains
 
 from terselm.data.collection.collect import collect
@@ -26,12 +26,11 @@ LEAST = 20  # words of an answer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__, required=True, what="JSON Lines file of records to write")
     parser.add_argument("--datasets", type=Path, required=True, help="folder of the public data sets")
     parser.add_argument("--target", default="gemma3-270m", help="alias, folder or hub id")
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     settings = CollectSettings(
         endpoint=f"local:{options.target}",
@@ -76,4 +75,4 @@ def parted(record: Record) -> Record:
 
 
 if __name__ == "__main__":
-    main()
+    frame.run(main)

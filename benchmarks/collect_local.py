@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import frame
 import numpy as np
 
 from terselm.data.collection.collect import collect
@@ -27,7 +26,6 @@ from terselm.data.logprobs import LogProbFile
 from terselm.data.records import read_records
 from terselm.data.instructions import load_instructions
 from terselm.data.schema import record_text
-from terselm.files import atomic_file
 from terselm.models import load_causal_lm
 
 TEMPLATE = PromptTemplate(
@@ -39,7 +37,7 @@ TEMPLATE = PromptTemplate(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__, required=True)
     parser.add_argument("--model", default="gemma3-270m", help="alias, folder or hub id")
     parser.add_argument("--instructions", required=True, help="anything that terselm collect takes")
     parser.add_argument("--count", type=int, default=5000, help="records wanted")
@@ -48,60 +46,59 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="default: what the memory allows")
     parser.add_argument("--top-k", type=int, default=0, help="log-probabilities of the likeliest tokens, too")
     parser.add_argument("--folder", type=Path, required=True, help="new folder for the records")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the figures")
-    given = parser.parse_args()
-    if given.folder.exists():
-        parser.error(f"{given.folder} exists; answers that are there would not be generated again")
-    result = measure(given)
-    with atomic_file(given.out) as file:
-        json.dump(result, file, indent=2)
-        file.write("\n")
+    options = parser.parse_args()
+    if options.folder.exists():
+        parser.error(f"{options.folder} exists; answers that are there would not be generated again")
+    result = measure(options)
+    frame.write_result(options.out, result)
     print(json.dumps(result, indent=2))
 
 
-def measure(given: argparse.Namespace) -> dict[str, Any]:
-    instructions = load_instructions(given.instructions).instructions
-    wanted = round(given.count * given.ask)
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    about = frame.circumstances("pyarrow")
+    instructions = load_instructions(options.instructions).instructions
+    wanted = round(options.count * options.ask)
     samples = -(-wanted // len(instructions))
     settings = CollectSettings(
-        endpoint=f"local:{given.model}",
+        endpoint=f"local:{options.model}",
         temperatures=[0.8],
         samples=samples,
         top_p=0.95,
         top_k=64,
-        max_new_tokens=given.max_new_tokens,
-        batch_size=given.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
         templates={"default": TEMPLATE},
     )
     asked = instructions[: -(-wanted // samples)]
-    out = given.folder / "records.jsonl"
+    out = options.folder / "records.jsonl"
     seconds, start = {}, time.perf_counter()
-    lm = load_causal_lm(given.model)
+    lm = load_causal_lm(options.model)
     seconds["load"], start = time.perf_counter() - start, time.perf_counter()
     collect(asked, out, settings, lm=lm)
     seconds["generate"], start = time.perf_counter() - start, time.perf_counter()
     # The ledger has the answers: this run scores them and writes both files.
-    scoring = CollectSettings(**vars(settings) | {"logprobs": LogProbSettings(keep=True, top_k=given.top_k)})
+    scoring = CollectSettings(**vars(settings) | {"logprobs": LogProbSettings(keep=True, top_k=options.top_k)})
     summary = collect(asked, out, scoring, lm=lm)
     seconds["score"] = time.perf_counter() - start
     check(out)
     total = seconds["generate"] + seconds["score"]
     return {
-        "command": f"python benchmarks/collect_local.py --instructions {Path(given.instructions).name} "
-        f"--count {given.count} --model {Path(given.model).name}",
+        "command": f"python benchmarks/collect_local.py --instructions {Path(options.instructions).name} "
+        f"--count {options.count} --model {Path(options.model).name}",
         "records": summary.records,
         "asked": len(asked) * samples,
         "dropped": summary.without_record,
         "cut_loops": summary.cut,
         "drawn_again": summary.retried,
-        "max_new_tokens": given.max_new_tokens,
+        "max_new_tokens": options.max_new_tokens,
         "prompt_tokens": summary.prompt_tokens,
         "completion_tokens": summary.completion_tokens,
         "seconds": {name: round(value, 2) for name, value in seconds.items()} | {"generate_and_score": round(total, 2)},
         "records_per_minute": round(60 * summary.records / total),
         "completion_tokens_per_second": round(summary.completion_tokens / seconds["generate"]),
-        "bytes": {path.name: path.stat().st_size for path in sorted(given.folder.iterdir())},
-        **surroundings(lm.model.device.type),
+        "bytes": {path.name: path.stat().st_size for path in sorted(options.folder.iterdir())},
+        **about,
+        "hardware": about["hardware"] | gpu(lm.model.device.type),
     }
 
 
@@ -115,21 +112,15 @@ def check(out: Path) -> None:
         assert np.isfinite(scored.logprobs).all()
 
 
-def surroundings(device: str) -> dict[str, Any]:
-    """Versions and hardware."""
+def gpu(device: str) -> dict[str, Any]:
+    """Where the target ran, and the most memory that it took there."""
     import torch
 
-    found: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {name: version(name) for name in ("terselm", "torch", "transformers", "tokenizers", "pyarrow")}
-        | {"python": platform.python_version()},
-        "hardware": {"system": f"{platform.system()} {platform.machine()}", "device": device},
-    }
-    if device == "cuda":
-        found["hardware"]["gpu"] = torch.cuda.get_device_name()
-        found["hardware"]["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    return found
+    if device != "cuda":
+        return {"device": device}
+    peak = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return {"device": device, "gpu": torch.cuda.get_device_name(), "peak_memory_gib": peak}
 
 
 if __name__ == "__main__":
-    main()
+    frame.run(main)

@@ -20,15 +20,14 @@ and a model folder, which with --shape needs no weights:
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import frame
 from against_llmlingua import environment
 from against_llmlingua.comparison import Comparison, Plan
 from against_llmlingua.process import SideProcess
@@ -36,32 +35,23 @@ from against_llmlingua.prompts import PromptMaker, bundled, gsm8k
 from against_llmlingua.report import ratios, table
 from against_llmlingua.weights import SHAPES, random_model
 
-from terselm.errors import ConfigError, TerseLMError
+from terselm.errors import ConfigError
 from terselm.evaluate.peer import translate_model
-from terselm.files import atomic_file
 from terselm.models import load_tokenizer
 from terselm.models.load import pick_device, resolve
-from terselm.train.provenance import describe_hardware, git_commit
 
 _PROMPT_TOKENS = 2465
 
 
 def main() -> None:
     options = parse()
-    try:
-        result = measure(options)
-    except TerseLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    result = measure(options)
     print(table(result))
-    if options.out:
-        with atomic_file(options.out) as file:
-            json.dump(result, file, indent=2)
-            file.write("\n")
+    frame.write_result(options.out, result)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__)
     parser.add_argument("--model", default="smollm2-135m", help="alias or model folder")
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape, with the tokenizer of --model")
     parser.add_argument("--gsm8k", type=Path, metavar="FILE", help="GSM8K's train.jsonl, to make the prompts of")
@@ -74,12 +64,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--own-dtype", choices=("bfloat16", "float16", "int8"), help="TerseLM's, if it is another")
     parser.add_argument("--peer-env", type=Path, default=environment.default_folder(), metavar="DIR")
     parser.add_argument("--peer-wheels", type=Path, metavar="DIR", help="install the peer from these, with no index")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
     return parser.parse_args()
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    started, commit = datetime.now(UTC), git_commit()
+    about = frame.circumstances()
     load_before = os.getloadavg()
     device = pick_device(options.device).type
     dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")
@@ -112,10 +101,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     name = f"random weights, shape of {options.shape}" if options.shape else Path(options.model).name
     return {
         "command": command(options),
-        "date": started.isoformat(timespec="seconds"),
-        "commit": commit,
+        **about,
         "terselm": version("terselm"),
-        "hardware": describe_hardware(),
         "order": "the sides take turns on every prompt and batch",
         "load_average": {"before": load_before, "after": os.getloadavg()},
         "model": {"name": name, "device": device, "dtype": dtype, "own_dtype": options.own_dtype or dtype},
@@ -147,4 +134,4 @@ def command(options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    frame.run(main)

@@ -18,6 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import frame
 from paper_tables.against_llmlingua import measure_peer
 from paper_tables.plan import (
     ALIGNMENT,
@@ -36,11 +37,11 @@ from paper_tables.tables import report
 from terselm.evaluate.run import Evaluation
 
 
-def main() -> None:
+def main() -> int:
     options = parse()
     if options.shard:
         measure(options)
-        return
+        return 0
     began = time.perf_counter()
     shards = ["ours", "ablated", "baselines", *(["peer"] if options.llmlingua else [])]
     first = [(suite, target, REFERENCES) for suite in options.suites for target in options.target]
@@ -68,13 +69,12 @@ def main() -> None:
             for name, pair in alignment_pairs(options).items():
                 report(options, suite, first_target, [ALIGNMENT], pair, f"alignment_{name}")
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
-    sys.exit(bool(failed))
+    return int(bool(failed))
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__, required=True, what="folder of journals, tables and logs")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--target", action="append", required=True, metavar="NAME[=FOLDER]")
     parser.add_argument("--small", default="smollm2-135m", metavar="NAME[=FOLDER]")
     parser.add_argument("--aligned", metavar="NAME=FOLDER", help="a small LM that was aligned to the first target")
@@ -118,4 +118,4 @@ def measure(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    frame.run(main)

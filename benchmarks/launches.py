@@ -8,7 +8,6 @@ trains the same steps from the same configuration; `one` is a single process.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -17,8 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from terselm.files import atomic_file
-from terselm.train.provenance import describe_hardware, describe_versions
+import frame
+
 from terselm.train.publish import publish
 
 ROOT = Path(__file__).parents[1]
@@ -26,22 +25,19 @@ LAUNCHES = {"one": "one-gpu", "ddp-2": "ddp-2", "fsdp2": "fsdp2", "zero2": "zero
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__, required=True)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--launches", nargs="+", choices=LAUNCHES, default=list(LAUNCHES))
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the runs")
     options = parser.parse_args()
+    about = frame.circumstances() | {"overrides": options.overrides}
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name in options.launches:
             results[name] = measure(name, options.config, options.overrides, Path(scratch))
             print(json.dumps({name: results[name]}), file=sys.stderr)
     print_table(results)
-    with atomic_file(options.out) as file:
-        about = {"versions": describe_versions(), "hardware": describe_hardware(), "overrides": options.overrides}
-        json.dump({"launches": results, **about}, file, indent=2)
-        file.write("\n")
+    frame.write_result(options.out, {"launches": results, **about})
     return int(any("error" in result for result in results.values()))
 
 
@@ -88,4 +84,4 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    frame.run(main)

@@ -15,18 +15,14 @@ import resource
 import sys
 import threading
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import frame
 import torch
 
 from terselm import Prompt, PromptCompressor
 from terselm.data.records import read_records
-from terselm.errors import TerseLMError
-from terselm.files import atomic_file
-from terselm.train.provenance import describe_hardware, git_commit
 
 _RECORDS = Path(__file__).parents[1] / "data" / "sample" / "records.jsonl"
 _DOCUMENT = 2000  # tokens
@@ -34,34 +30,18 @@ _MIB = 1 << 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--rate", type=float, default=0.1)
     parser.add_argument("--form", choices=("documents", "text"), nargs="+", default=["documents", "text"])
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
     options = parser.parse_args()
-    started = datetime.now(UTC)
-    try:
-        runs = measure(options)
-    except TerseLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    result = {
-        "date": started.isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "versions": {name: version(name) for name in ("terselm", "torch", "transformers")},
-        "hardware": describe_hardware(),
-        "model": Path(options.model).name,
-        "runs": runs,
-    }
+    result = frame.circumstances()
+    result |= {"model": Path(options.model).name, "runs": measure(options)}
     print(json.dumps(result, indent=2))
-    if options.out:
-        with atomic_file(options.out) as file:
-            json.dump(result, file, indent=2)
-            file.write("\n")
+    frame.write_result(options.out, result)
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -157,4 +137,4 @@ class Watch:
 
 
 if __name__ == "__main__":
-    main()
+    frame.run(main)

@@ -13,15 +13,13 @@ With --reference the brute-force reference of the tests (no cache, no batch, one
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import frame
 import numpy as np
 import torch
 from against_llmlingua.prompts import PromptMaker, bundled, gsm8k
@@ -29,11 +27,8 @@ from tqdm import tqdm
 
 from terselm import Prompt, PromptCompressor
 from terselm.compress.settings import paper_settings
-from terselm.errors import TerseLMError
-from terselm.files import atomic_file
 from terselm.models import CausalLM, load_causal_lm
 from terselm.models.load import pick_device
-from terselm.train.provenance import describe_hardware, git_commit
 
 _TESTS = Path(__file__).parents[1] / "tests" / "compress"
 _NO_CACHE = paper_settings(cache_bytes=0)
@@ -44,20 +39,15 @@ Kept = list[list[bool]]
 
 def main() -> None:
     options = parse()
-    try:
-        result = measure(options)
-    except TerseLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    began = time.perf_counter()
+    result = measure(options)
     print(table(result))
-    if options.out:
-        with atomic_file(options.out) as file:
-            json.dump(result, file, indent=2)
-            file.write("\n")
+    frame.write_result(options.out, result)
+    print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--gsm8k", type=Path, metavar="FILE", help="GSM8K's train.jsonl, to make the prompts of")
     parser.add_argument("--prompts", type=int, default=51)
@@ -66,12 +56,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtypes", nargs="*", help="default: bfloat16, and float16 on a GPU or int8 on the CPU")
     parser.add_argument("--reference", action="store_true", help="takes a minute or two a prompt on two CPU cores")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
     return parser.parse_args()
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    started = datetime.now(UTC)
+    about = frame.circumstances()
     device = pick_device(options.device).type
     lm = load_causal_lm(options.model, device=device, dtype="float32")
     prompts, lengths = make_prompts(lm, options)
@@ -94,10 +83,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         )
         variants[dtype] = against(exact, compress(rounded, prompts, options.budget, 1, dtype))
     return {
-        "date": started.isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "versions": {name: version(name) for name in ("terselm", "torch", "transformers")},
-        "hardware": describe_hardware(),
+        **about,
         "model": Path(options.model).name,
         "device": device,
         "prompts": {"number": len(prompts), "tokens": lengths, "budget": options.budget},
@@ -164,6 +150,4 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    began = time.perf_counter()
-    main()
-    print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
+    frame.run(main)

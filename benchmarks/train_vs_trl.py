@@ -22,10 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import frame
 from training_speed.shapes import SHAPES
-
-from terselm.files import atomic_file
-from terselm.train.provenance import describe_hardware, describe_versions
 
 HERE = Path(__file__).parent / "training_speed"
 Flags = list[str]
@@ -71,10 +69,9 @@ def plan(shapes: list[str], sides: list[str]) -> list[Measurement]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__, out=frame.RESULTS / "train_vs_trl.json")
     parser.add_argument("--records", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a fast tokenizer")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_vs_trl.json"))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["135m", "1.1b", "7b"])
     parser.add_argument("--sides", nargs="+", choices=["ours", "TRL"], default=["ours", "TRL"])
     parser.add_argument("--trl-path", type=Path)
@@ -148,23 +145,20 @@ def best(runs: list[dict[str, Any]], shape: str, side: str) -> dict[str, Any] | 
 def save(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
     import importlib.metadata
 
-    versions = describe_versions()
+    about = frame.circumstances()
     for package in ("trl", "liger-kernel"):
         path = [str(options.trl_path)] if options.trl_path else None
         found = importlib.metadata.distributions(name=package, **({"path": path} if path else {}))
-        versions[package] = next((distribution.version for distribution in found), "not found")
+        about["versions"][package] = next((distribution.version for distribution in found), "not found")
     result = {
         "command": f"python benchmarks/train_vs_trl.py --records {options.records.name}",
         "data": options.records.name,
         "lora": {"rank": 16, "alpha": 32, "target_modules": "all-linear"},
         "mfu": "4N FLOPs a token (LoRA) over the dense bfloat16 peak of the data sheet",
-        "versions": versions,
-        "hardware": describe_hardware(),
+        **about,
         "runs": runs,
     }
-    with atomic_file(options.out) as file:
-        json.dump(result, file, indent=2)
-        file.write("\n")
+    frame.write_result(options.out, result)
 
 
 def print_table(runs: list[dict[str, Any]]) -> None:
@@ -189,4 +183,4 @@ def print_table(runs: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    frame.run(main)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +48,10 @@ class Llmlingua:
         folder = translate_model(source, scratch / "model", "float32" if place == "cpu" else "bfloat16")
         script = shutil.copy(_SCRIPT, scratch)  # the folder of a script comes first on sys.path: nothing else in it
         packages = environment if environment.is_dir() else None
-        self._process = subprocess.Popen(
+        self._process = PeerProcess(
+            "llmlingua's process",
             [sys.executable if packages else environment, script, folder, place],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env={
-                **os.environ,
-                "PYTHONPATH": str(packages.resolve()) if packages else "",
-                "HF_HUB_OFFLINE": "1",
-                "TRANSFORMERS_VERBOSITY": "error",
-                "TOKENIZERS_PARALLELISM": "false",
-            },
+            {"PYTHONPATH": str(packages.resolve()) if packages else "", "TOKENIZERS_PARALLELISM": "false"},
         )
 
     def compress(self, prompts: Sequence[Prompt], budgets: Sequence[int]) -> list[Compressed]:
@@ -69,27 +60,68 @@ class Llmlingua:
         Raises:
             TerseLMError: the process has ended.
         """
-        return [Compressed(text=self._ask(*pair)) for pair in zip(prompts, budgets, strict=True)]
+        return [
+            Compressed(
+                text=str(
+                    self._process.ask(
+                        instruction=prompt.instruction,
+                        demonstrations=list(prompt.demonstrations),
+                        question=prompt.question,
+                        budget=budget,
+                    )
+                )
+            )
+            for prompt, budget in zip(prompts, budgets, strict=True)
+        ]
 
     def close(self) -> None:
         """End the process."""
-        self._process.kill()
-        self._process.wait()
+        self._process.close()
         self._scratch.cleanup()
 
-    def _ask(self, prompt: Prompt, budget: int) -> str:
-        parts = {name: getattr(prompt, name) for name in ("instruction", "demonstrations", "question")}
+
+class PeerProcess:
+    """A process that is asked line by line: a JSON object to its standard input, an answer from its standard output.
+
+    Args:
+        name: as an error calls it.
+        command: what to run.
+        environment: variables besides those of this process; the libraries of the peer look for nothing on a hub.
+    """
+
+    def __init__(self, name: str, command: Sequence[str | Path], environment: Mapping[str, str]) -> None:
+        self._name = name
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", **environment},
+        )
+
+    def ask(self, **request: Any) -> Any:
+        """The answer to one request.
+
+        Raises:
+            TerseLMError: the process has ended.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps({**parts, "budget": budget}) + "\n")
+            self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
-            raise TerseLMError(f"llmlingua's process ended with status {self._process.wait()}; its error is above")
-        return str(json.loads(line))
+            raise TerseLMError(f"{self._name} ended with status {self._process.wait()}; its error is above")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
 
 
 def translate_model(source: Path, target: Path, dtype: str) -> Path:

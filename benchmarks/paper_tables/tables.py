@@ -7,17 +7,17 @@ import gzip
 import json
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+
+import frame
 
 from paper_tables.plan import folder_of, name_of, settings_of, weights_of
 from terselm.evaluate.figures import Figuring
 from terselm.evaluate.measurements import JOURNAL, Measurement
 from terselm.evaluate.report import as_json, markdown, plain
 from terselm.evaluate.suites import load_suite
-from terselm.train.provenance import describe_hardware, git_commit
 
 
 def report(
@@ -44,9 +44,7 @@ def report(
     table = without_folders(options, markdown(settings, loaded, figures))
     result = {
         "command": "python benchmarks/evaluate_paper.py " + " ".join(sys.argv[1:]),
-        "commit": git_commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": describe_hardware(),
+        **frame.circumstances(),
         **as_json(settings, loaded, figures),
     }
     stem = options.out / f"{kind}_{suite}_{name_of(target)}"
