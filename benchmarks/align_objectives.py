@@ -32,9 +32,9 @@ from alignment_quality.texts import HeldOut, Sources, Texts, gather
 
 from terselm.errors import TerseLMError
 from terselm.models import load_causal_lm
-from terselm.train.settings import LossOn, ObjectiveSettings
 from terselm.train.hardware import quieten_libraries
 from terselm.train.report.measures import Measure, compare_words
+from terselm.train.settings import LossOn, ObjectiveSettings
 
 ALL = ("given", "answers", "free")
 

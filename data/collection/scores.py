@@ -20,8 +20,8 @@ from terselm.data.collection.settings import CollectSettings
 from terselm.data.collection.token_scores import response_scores
 from terselm.data.formats import Format, RecordReader
 from terselm.data.logprobs import About, Given, ScoredText, write_logprobs
-from terselm.data.score import score_texts
 from terselm.data.schema import PlainText, record_text
+from terselm.data.score import score_texts
 from terselm.models import CausalLM
 
 _ARRAYS = ("starts", "ends", "logprobs", "token_ids", "top_logprobs", "top_ids")

@@ -93,7 +93,9 @@ def test_it_serves_what_is_asked(lock: str, extra: str | None, system: dict[str,
             continue
         name = canonicalize_name(requirement.name)
         assert name in locked, f"{requirement} is not in requirements/{lock}.txt; run `make lock`"
-        assert requirement.specifier.contains(locked[name]), f"{name} {locked[name]} is not {requirement}; run `make lock`"
+        assert requirement.specifier.contains(locked[name]), (
+            f"{name} {locked[name]} is not {requirement}; run `make lock`"
+        )
 
 
 def test_deepspeed_has_the_range_of_its_extra() -> None:
