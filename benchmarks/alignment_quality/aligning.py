@@ -21,7 +21,7 @@ from terselm.train.hardware import apply_engine
 from terselm.train.model import add_adapter
 from terselm.train.objectives import Mixture
 from terselm.train.objectives.words import by_word
-from terselm.train.packing import pack_examples
+from terselm.train.packing import MODEL_INPUTS, pack_examples
 from terselm.train.run_folder import RunFolder
 from terselm.train.settings import (
     AlignSettings,
@@ -33,7 +33,7 @@ from terselm.train.settings import (
     OptimisationSettings,
 )
 from terselm.train.surprisals import give_surprisals
-from terselm.train.trainer import MODEL_INPUTS, AlignmentTrainer, Collator, schedule_rows, training_arguments
+from terselm.train.trainer import AlignmentTrainer, Collator, schedule_rows, training_arguments
 
 Floats = NDArray[np.float64]
 
