@@ -233,5 +233,5 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"cannot write {path}: {first_line(error)}; nothing that is done is lost: remove the cause and run this again"
+            f"cannot write {path}: {first_line(error)}; nothing that is done is lost: remove the cause and run it again"
         ) from None

@@ -297,8 +297,8 @@ def _infer(source: RowSource) -> Any:
                 _array([row.get(name) for _, row in rows], schema.field(name))
     except (arrow.ArrowException, ValueError, TypeError, OverflowError) as error:
         raise ConfigError(
-            f"the key {name!r} of {source.path} cannot become a Parquet column ({first_line(error)}); write a .jsonl file "
-            "instead"
+            f"the key {name!r} of {source.path} cannot become a Parquet column ({first_line(error)}); write a .jsonl "
+            "file instead"
         ) from None
     return schema
 

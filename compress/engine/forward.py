@@ -32,8 +32,8 @@ def require_attention(lm: CausalLM) -> None:
     if others or getattr(lm.model, "_is_stateful", False):
         raise ModelError(
             f"{lm.name!r} ({type(lm.model).__name__}) has layers other than full and sliding attention"
-            f"{' (' + ', '.join(sorted(others)) + ')' if others else ''}, so that tokens cannot be taken out of what it has read; "
-            "choose a small LM with attention alone, such as smollm2-135m"
+            f"{' (' + ', '.join(sorted(others)) + ')' if others else ''}, so that no token "
+            "can be taken out of what it has read; choose a small LM with attention alone, such as smollm2-135m"
         )
 
 
