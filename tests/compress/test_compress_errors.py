@@ -138,7 +138,8 @@ def test_settings_out_of_range(values: dict[str, Any]) -> None:
 
 
 def test_all_mistakes_of_the_settings_are_named_at_once() -> None:
-    message = fails(ConfigError, lambda: CompressionSettings(k=0, anchor=2.0, unit="page", order="random"))  # type: ignore[arg-type]
+    values: dict[str, Any] = {"k": 0, "anchor": 2.0, "unit": "page", "order": "random"}
+    message = fails(ConfigError, lambda: CompressionSettings(**values))
     assert [fault.split(" is ")[0] for fault in message.split("; ") if " is " in fault] == [
         "k",
         "anchor",

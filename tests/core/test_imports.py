@@ -1,4 +1,4 @@
-"""Who may import whom: errors <- files, config <- models <- data <- compress <- train, evaluate <- cli. Nothing points back."""
+"""Who may import whom: errors <- files, config <- models <- data <- compress <- train, evaluate <- cli."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ WITH_TORCH = (  # the only places that know tensors, at any depth of a file
     "terselm.data.generate",
     "terselm.data.score",
     "terselm.data.collection.local",
+    "terselm.data.collection.memory",
 )
 WITHOUT_TORCH = ("budget", "counter", "fit", "itpc", "layout", "length", "messages", "prompt", "result", "settings")
 
