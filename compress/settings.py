@@ -118,9 +118,8 @@ class CompressionSettings:
 
     def __post_init__(self) -> None:
         kinds = {"unit": UnitKind, "order": Order, "anchor_by": AnchorOrder}
-        refuse(
-            [*self._out_of_range(), *(fault for name, kind in kinds.items() for fault in _to_enum(self, name, kind))]
-        )
+        unknown = [fault for name, kind in kinds.items() for fault in _to_enum(self, name, kind)]
+        refuse([*self._out_of_range(), *unknown])
 
     def _out_of_range(self) -> Iterator[str]:
         if not (math.isfinite(self.k) and self.k > 0):
