@@ -233,10 +233,7 @@ class BudgetController:
     def _plan(self, perplexities: Perplexities) -> Plan:
         selected = self._select(perplexities)
         room = self._room(selected)
-        if selected or room >= self._need:
-            budgets = self._share(selected, room)
-        else:
-            budgets = self._scale_down(room)
+        budgets = self._share(selected, room) if selected or room >= self._need else self._scale_down(room)
         pieces = [self._demonstrations[i] for i in sorted(selected)]
         layout = replace(self._layout, protected=self.protected)
         demonstrations = layout.units_of(self._demonstrations)

@@ -49,8 +49,8 @@ class IterativeCompression:
     """Stage 2 of one prompt.
 
     After each `request`, hand the surprisals of its segment to `receive`; when `request` gives None, `kept`,
-    `margin`, `segment_of` and `surprisal` (all ``(n_units,)``) are final, as are `tokens_read`, the tokens that the model
-    has read, and `tokens_cached`, those whose surprisals came from elsewhere.
+    `margin`, `segment_of` and `surprisal` (all ``(n_units,)``) are final, as are `tokens_read`, the tokens that the
+    model has read, and `tokens_cached`, those whose surprisals came from elsewhere.
 
     Args:
         parts: the units that take part, by part (instruction, demonstrations, question), in source order.

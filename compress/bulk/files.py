@@ -60,7 +60,7 @@ def _is_parquet(path: Path) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class SourceRow:
     """A row as it was read.
 
     Attributes:
@@ -104,7 +104,7 @@ class RowSource(ABC):
     count: int
 
     @abstractmethod
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[SourceRow]:
         """All rows, in order."""
 
 
@@ -139,11 +139,11 @@ class JsonlSource(RowSource):
             raise DataFormatError(path, None, f"cannot be read: {error.strerror}") from None
         self.digest = digest.hexdigest()
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[SourceRow]:
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield Row(path=self.path, number=number, content=line)
+                    yield SourceRow(path=self.path, number=number, content=line)
 
 
 class JsonlOutput(Output):
@@ -204,12 +204,12 @@ class ParquetSource(RowSource):
         if taken := [name for name in self.schema.names if name in RESULT_KEYS]:
             raise ConfigError(f"{path} has a column {taken[0]!r} already, which the result needs; rename it")
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[SourceRow]:
         number = 0
         for batch in self.batches():
             for values in batch.to_pylist():
                 number += 1
-                yield Row(path=self.path, number=number, content=values)
+                yield SourceRow(path=self.path, number=number, content=values)
 
     def batches(self) -> Iterator[Any]:
         """All rows, as record batches."""
@@ -254,11 +254,11 @@ class ParquetOutput(Output):
         schema = arrow.unify_schemas([self._schema, self._results])
         with need("pyarrow.parquet", "collect").ParquetWriter(file, schema) as writer:
             for numbers, columns in self._columns():
-                found = [results(number) for number in numbers]
-                there = arrow.array([result is not None for result in found], type=arrow.bool_())
+                outcomes = [results(number) for number in numbers]
+                there = arrow.array([result is not None for result in outcomes], type=arrow.bool_())
                 kept = {name: column.filter(there) for name, column in columns.items()}
                 for field in self._results:
-                    values = [result[field.name] for result in found if result is not None]
+                    values = [result[field.name] for result in outcomes if result is not None]
                     kept[field.name] = arrow.array(values, type=field.type)
                 writer.write_table(arrow.table(kept, schema=schema))
 
@@ -283,9 +283,9 @@ def _infer(source: RowSource) -> Any:
     try:
         for rows in _chunks(source):
             for name in dict.fromkeys(key for _, row in rows for key in row):
-                found = arrow.schema([(name, arrow.array([row.get(name) for _, row in rows]).type)])
-                known = arrow.schema([(name, types.get(name, arrow.null()))])
-                types[name] = arrow.unify_schemas([known, found], promote_options="permissive").field(name).type
+                here = arrow.schema([(name, arrow.array([row.get(name) for _, row in rows]).type)])
+                before = arrow.schema([(name, types.get(name, arrow.null()))])
+                types[name] = arrow.unify_schemas([before, here], promote_options="permissive").field(name).type
         schema = arrow.schema(types.items())
         for name in types:
             with need("pyarrow.parquet", "collect").ParquetWriter(
@@ -297,8 +297,8 @@ def _infer(source: RowSource) -> Any:
                 _array([row.get(name) for _, row in rows], schema.field(name))
     except (arrow.ArrowException, ValueError, TypeError, OverflowError) as error:
         raise ConfigError(
-            f"the key {name!r} of {source.path} cannot become a Parquet column ({first_line(error)}); write a .jsonl file "
-            "instead"
+            f"the key {name!r} of {source.path} cannot become a Parquet column ({first_line(error)}); write a .jsonl "
+            "file instead"
         ) from None
     return schema
 

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from terselm.compress.engine.forward import Forward
-
 if TYPE_CHECKING:
+    from terselm.compress.engine.surprisal import Forward
     from terselm.statistics import Ints
 
 logger = logging.getLogger(__name__)
