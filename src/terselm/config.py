@@ -114,9 +114,7 @@ class _Keys:
                 self._collect(cast("type[Any]", hints[field.name]), f"{prefix}{field.name}.")
 
 
-def _known(
-    schema: type[Any], values: dict[Any, Any], keys: _Keys, faults: list[str], *, prefix: str
-) -> dict[str, Any]:
+def _known(schema: type[Any], values: dict[Any, Any], keys: _Keys, faults: list[str], *, prefix: str) -> dict[str, Any]:
     """The values whose keys the schema knows; of the others a fault is noted."""
     hints = get_type_hints(schema)
     names = [field.name for field in fields(schema)]

@@ -1,4 +1,4 @@
-"""The locks in requirements/: what they pin serves pyproject.toml, and nothing is left to the day of the installation."""
+"""The locks in requirements/: what they pin serves pyproject.toml, and nothing is left to the day of installation."""
 
 from __future__ import annotations
 
