@@ -1,25 +1,39 @@
-"""The gate before each request: its cost, the number in flight, the limits, and whether anything is still sent."""
+"""The gate before each request: its cost, the number in flight, the limits by the minute, and whether it is shut.
+
+Time is the event loop's.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import heapq
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from terselm.data.collection.entries import ANSWERED, INTERRUPTED, Intent, Outcome
-from terselm.data.collection.failures import Failure
-from terselm.data.collection.ledger import Ledger
-from terselm.data.collection.limits import WINDOW, AdaptiveConcurrency, Reservation, RollingLimit
-from terselm.data.collection.money import Budget
+from terselm.data.collection.endpoint import Failure
+from terselm.data.collection.ledger import Intent, Ledger, Outcome
 from terselm.data.collection.settings import LimitSettings
+from terselm.data.schema import Message
+from terselm.errors import ConfigError
 
 T = TypeVar("T")
+_OF_A_MESSAGE = 8  # tokens that a chat template adds
+_OF_A_PROMPT = 16
+_ENOUGH = 20  # prompts from which the density of tokens is known
+_MARGIN = 1.25
+WINDOW = 60.0
+"""Seconds."""
 
 
 class StoppedError(Exception):
     """Nothing more is sent; the request stays as it was."""
+
+
+class SpentError(Exception):
+    """Nothing more may be sent."""
 
 
 class Ticket:
@@ -35,17 +49,16 @@ class Admission:
     """Lets requests through as fast as all limits allow, until it is stopped.
 
     Args:
-        ledger: what was sent in the last minute, and what was spent in all, counts.
+        ledger: what was sent in the last minute counts.
     """
 
-    def __init__(self, limits: LimitSettings, ledger: Ledger, budget: tuple[float | None, int | None]) -> None:
+    def __init__(self, limits: LimitSettings, spending: SpendingLimit, ledger: Ledger) -> None:
         self.why: str | None = None
         self._stopped = asyncio.Event()
         self._concurrency = AdaptiveConcurrency(limits.concurrency)
         self._tokens = _limit(limits.tokens_per_minute, "tokens")
         self._requests = _limit(limits.requests_per_minute, "requests")
-        spent, sent = ledger.used()
-        self.budget = Budget(*budget, spent=spent, sent=sent)
+        self._spending = spending
         self._remember_last_minute(ledger)
 
     @property
@@ -66,7 +79,7 @@ class Admission:
             SpentError: the cost or the number of requests is used up.
             StoppedError: nothing more is sent.
         """
-        await self._unless_stopped(self.budget.reserve(intent.bound_cost))
+        await self._unless_stopped(self._spending.reserve(intent.bound_cost))
         ticket = Ticket(intent, None)
         try:
             async with self._concurrency.slot():
@@ -78,7 +91,7 @@ class Admission:
                     raise StoppedError
                 yield ticket
         finally:
-            await self.budget.release(intent.bound_cost, ticket.cost, sent=ticket.sent)
+            await self._spending.release(intent.bound_cost, ticket.cost, sent=ticket.sent)
 
     def sending(self, ticket: Ticket) -> None:
         """The request goes out now, and may cost all that it could."""
@@ -126,13 +139,7 @@ class Admission:
     def _remember_last_minute(self, ledger: Ledger) -> None:
         """What a run that has just ended has sent counts towards the limits of this one."""
         now = time.time()
-        rows = ledger.query(
-            "SELECT started, CASE WHEN outcome = ? THEN prompt_tokens + completion_tokens "
-            "WHEN outcome = ? OR cost > 0 THEN bound_tokens ELSE 0 END FROM attempts WHERE started > ? "
-            "ORDER BY started",
-            (ANSWERED, INTERRUPTED, now - WINDOW),
-        )
-        for started, used in rows:
+        for started, used in ledger.sent_since(now - WINDOW):
             ago = max(0.0, now - started)
             if self._tokens is not None:
                 self._tokens.remember(ago, used)
@@ -142,3 +149,239 @@ class Admission:
 
 def _limit(limit: int | None, name: str) -> RollingLimit | None:
     return None if limit is None else RollingLimit(limit, name=name)
+
+
+class SpendingLimit:
+    """Hard stops. What a request could cost at most is set aside before it is sent, so the limit is never passed.
+
+    Args:
+        max_cost: in the currency of the price table; None is no limit.
+        max_requests: sent in all, with those that failed.
+        ledger: what earlier runs have spent and sent counts.
+    """
+
+    def __init__(self, max_cost: float | None, max_requests: int | None, ledger: Ledger) -> None:
+        self._max_cost, self._max_requests = max_cost, max_requests
+        self._spent, self._sent = ledger.used()
+        self._reserved, self._pending = 0.0, 0
+        self._settled = asyncio.Condition()
+
+    def set_aside(self, cost: float) -> None:
+        """Set aside the cost of a request.
+
+        Raises:
+            SpentError: naming the limit that was reached.
+        """
+        if self._max_requests is not None and self._sent >= self._max_requests:
+            raise SpentError(f"max_requests: {self._sent} requests were sent")
+        if not self._affords(cost):
+            taken = self._spent + self._reserved
+            raise SpentError(
+                f"max_cost: {taken:.4f} is spent or set aside, and the next request may cost up to {cost:.4f}"
+            )
+        self._reserved += cost
+        self._pending += 1
+        self._sent += 1
+
+    async def reserve(self, cost: float) -> None:
+        """As `set_aside`, but wait while requests in flight may turn out cheaper."""
+        async with self._settled:
+            while self._pending and not self._affords(cost):
+                if self._max_requests is not None and self._sent >= self._max_requests:
+                    break
+                await self._settled.wait()
+            self.set_aside(cost)
+
+    async def release(self, reserved: float, cost: float, *, sent: bool) -> None:
+        """Put what a request really cost in the place of what was set aside for it."""
+        async with self._settled:
+            self._spent += cost
+            self._sent -= not sent
+            self._pending -= 1
+            # sums of floats leave crumbs, which must not look like a request in flight
+            self._reserved = self._reserved - reserved if self._pending else 0.0
+            self._settled.notify_all()
+
+    def _affords(self, cost: float) -> bool:
+        return self._max_cost is None or self._spent + self._reserved + cost <= self._max_cost
+
+
+@dataclass(eq=False)
+class Reservation:
+    """A share of a limit.
+
+    Attributes:
+        free_at: when it no longer counts.
+    """
+
+    amount: int
+    sent: float
+    free_at: float
+
+
+class RollingLimit:
+    """At most ``limit`` units in *any* window, not only in those that begin on the minute.
+
+    The endpoint counts a request when it arrives there, which is some time after it was sent and before it was
+    answered. So a unit counts for a window from the answer on, or from ``lag`` after it was sent, if that is earlier.
+    Whoever does not know yet how much it will use reserves the most, and settles afterwards; what it did not use is
+    free again at once.
+
+    Args:
+        limit: units in a window.
+        window: seconds.
+        lag: seconds that a request takes at most to arrive.
+        name: for messages.
+    """
+
+    def __init__(self, limit: int, *, window: float = WINDOW, lag: float = 1.0, name: str = "units") -> None:
+        self.limit, self.name = limit, name
+        self._window, self._lag = window, lag
+        self._free: list[tuple[float, int, Reservation]] = []  # a heap; entries that were overtaken are passed over
+        self._count = 0
+        self._used = 0
+        self._turn = asyncio.Lock()  # first come, first served: a large request is not starved by small ones
+        self._freed = asyncio.Event()
+
+    async def reserve(self, amount: int) -> Reservation:
+        """Wait until ``amount`` fits.
+
+        Raises:
+            ConfigError: it never will.
+        """
+        if amount > self.limit:
+            raise ConfigError(
+                f"one request may use up to {amount:,} {self.name}, more than the {self.limit:,} a minute that are "
+                "allowed; raise the limit, or lower max_new_tokens"
+            )
+        async with self._turn:
+            while True:
+                now = asyncio.get_running_loop().time()
+                self._forget(now)
+                if self._used + amount <= self.limit:
+                    return self._grant(now, amount)
+                self._freed.clear()
+                try:
+                    async with asyncio.timeout(max(1e-3, self._free[0][0] - now)):
+                        await self._freed.wait()
+                except TimeoutError:
+                    continue
+
+    def sent(self, reservation: Reservation) -> None:
+        """Say that the request goes out only now."""
+        reservation.sent = asyncio.get_running_loop().time()
+        self._keep(reservation, reservation.sent + self._lag + self._window)
+
+    def settle(self, reservation: Reservation, used: int) -> None:
+        """Say what was really used, once the answer is there."""
+        now = asyncio.get_running_loop().time()
+        if reservation.free_at <= now:
+            return
+        self._used += used - reservation.amount
+        reservation.amount = used
+        self._keep(reservation, min(now, reservation.sent + self._lag) + self._window)
+        self._freed.set()
+
+    def remember(self, ago: float, amount: int) -> None:
+        """Count what another process used, ``ago`` seconds before now."""
+        self._grant(asyncio.get_running_loop().time() - ago, amount)
+
+    def _grant(self, when: float, amount: int) -> Reservation:
+        reservation = Reservation(amount=amount, sent=when, free_at=0.0)
+        self._used += amount
+        self._keep(reservation, when + self._lag + self._window)
+        return reservation
+
+    def _keep(self, reservation: Reservation, until: float) -> None:
+        if until == reservation.free_at:  # twice in the heap, it would be taken out twice
+            return
+        self._count += 1
+        reservation.free_at = until
+        heapq.heappush(self._free, (until, self._count, reservation))
+
+    def _forget(self, now: float) -> None:
+        while self._free and self._free[0][0] <= now:
+            until, _, reservation = heapq.heappop(self._free)
+            if until == reservation.free_at:
+                self._used -= reservation.amount
+
+
+class AdaptiveConcurrency:
+    """As TCP's congestion control: twice as many after each round until the first refusal, which halves the number;
+    from there on one more after each round.
+
+    Args:
+        most: requests in flight that are never exceeded.
+        start: requests in flight at first.
+    """
+
+    _CALM = 1.0  # seconds after a decrease in which failures, of requests sent before it, decrease no further
+
+    def __init__(self, most: int, start: int = 8) -> None:
+        self._most = most
+        self._allowed = float(min(most, start))
+        self._running = 0
+        self._threshold = float("inf")
+        self._decreased = float("-inf")
+        self._changed = asyncio.Condition()
+
+    @property
+    def running(self) -> int:
+        return self._running
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """Be one of the requests in flight."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._running < int(self._allowed))
+            self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+            async with self._changed:
+                self._changed.notify(2)  # a success may have made room for one more
+
+    def succeeded(self) -> None:
+        """An answer came."""
+        more = 1.0 if self._allowed < self._threshold else 1 / self._allowed
+        self._allowed = min(self._most, self._allowed + more)
+
+    def overloaded(self) -> None:
+        """Half as many in flight."""
+        now = asyncio.get_running_loop().time()
+        if now - self._decreased >= self._CALM:
+            self._decreased = now
+            self._allowed = self._threshold = max(1.0, self._allowed / 2)
+
+
+class PromptSizes:
+    """Upper bounds for the tokens of prompts without their endpoint's tokenizer; answers, which count, tighten them.
+
+    A token is at least a byte of the text; what a chat template adds is allowed for. Once enough prompts are known, a
+    byte counts for the most tokens that one had in any of them, with a margin.
+    """
+
+    def __init__(self) -> None:
+        self._densest = 0.0
+        self._known = 0
+
+    def bound(self, messages: Sequence[Message]) -> int:
+        """Tokens that the prompt has at most."""
+        density = 1.0 if self._known < _ENOUGH else min(1.0, _MARGIN * self._densest)
+        return _frame(messages) + round(density * prompt_bytes(messages)) + 1
+
+    def learn(self, messages: Sequence[Message], tokens: int) -> None:
+        """Say how long a prompt really was."""
+        if tokens > 0:
+            self._known += 1
+            self._densest = max(self._densest, (tokens - _frame(messages)) / prompt_bytes(messages))
+
+
+def _frame(messages: Sequence[Message]) -> int:
+    return _OF_A_PROMPT + _OF_A_MESSAGE * len(messages)
+
+
+def prompt_bytes(messages: Sequence[Message]) -> int:
+    """Of their contents, in UTF-8."""
+    return sum(len(message.content.encode()) for message in messages)

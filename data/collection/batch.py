@@ -10,29 +10,24 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from terselm.data.collection.batch_files import MOST_BYTES, MOST_REQUESTS, answer_lines, expired, request_line, split
-from terselm.data.collection.client import AskError, Client
-from terselm.data.collection.entries import Intent, Outcome, State
-from terselm.data.collection.failures import Failure, Reason, Then, no_answer
-from terselm.data.collection.interrupts import on_interrupt
-from terselm.data.collection.judge import versions
-from terselm.data.collection.ledger import Ledger
-from terselm.data.collection.plan import Request, recall, remote_body
-from terselm.data.collection.progress import Progress
-from terselm.data.collection.remote import Remote
-from terselm.data.collection.responses import parse_response
+from terselm.data.collection.admission import PromptSizes, SpentError
+from terselm.data.collection.endpoint import AskError, Client, Failure, FailureCause, Then, no_answer, of_status
+from terselm.data.collection.ledger import Intent, Ledger, OpenBatch, Outcome, State
+from terselm.data.collection.outcome import CollectionProgress, failed
+from terselm.data.collection.plan import Request, recall
+from terselm.data.collection.remote import AnswerTask, Remote, intent_of, on_interrupt
 from terselm.data.collection.settings import Api
-from terselm.data.collection.sizes import PromptSizes
-from terselm.data.collection.verdicts import answered, failed
+from terselm.data.rows import dump_object
+from terselm.extras import first_line
 
 _log = logging.getLogger(__name__)
-T = TypeVar("T")
+Item = TypeVar("Item")
 _ENDED = ("completed", "failed", "expired", "cancelled")
 _COMMIT = 500  # answers in one commit
 _SEARCHED = 1000  # batches of the account, newest first, among which one of ours is looked for
@@ -42,15 +37,15 @@ _SEARCHED = 1000  # batches of the account, newest first, among which one of our
 class BatchLimits:
     """Of one file."""
 
-    most_requests: int = MOST_REQUESTS
-    most_bytes: int = MOST_BYTES
+    most_requests: int = 50_000
+    most_bytes: int = 200 * 1_000_000
 
 
 def ask_in_batches(
     remote: Remote,
     ledger: Ledger,
     requests: Sequence[Request],
-    progress: Progress,
+    progress: CollectionProgress,
     limits: BatchLimits | None = None,
 ) -> str | None:
     """Submit what is waiting, and wait for the answers; return why it stopped before all were there, if it did.
@@ -67,19 +62,22 @@ def ask_in_batches(
 
 
 class _Batches:
-    def __init__(self, remote: Remote, ledger: Ledger, client: Client, progress: Progress, limits: BatchLimits) -> None:
+    """The state of one run; it lives in one event loop."""
+
+    def __init__(
+        self, remote: Remote, ledger: Ledger, client: Client, progress: CollectionProgress, limits: BatchLimits
+    ) -> None:
         self.remote, self.ledger, self.client, self.progress, self.limits = remote, ledger, client, progress, limits
         self.settings = remote.settings
         self.sizes = PromptSizes()
-        self.versions = versions("openai")
         self.stopped = asyncio.Event()
         self.why: str | None = None
-        self.known: dict[str, Request] = {}
+        self.tasks: dict[str, AnswerTask] = {}
         path = "/completions" if self.settings.api is Api.COMPLETIONS else "/chat/completions"
         self.url = path if self.settings.azure_api_version else f"/v1{path}"
 
     async def run(self, requests: Sequence[Request]) -> str | None:
-        self.known = {request.id: request for request in requests}
+        self.tasks = {request.id: AnswerTask(request=request, settings=self.settings) for request in requests}
         with on_interrupt(lambda: self._stop("interrupted; the batches go on, run the command again to fetch them")):
             for last in [False] * self.settings.limits.retries + [True]:
                 try:
@@ -93,64 +91,57 @@ class _Batches:
     async def _round(self, last: bool) -> None:
         """Submit what is in no batch, then see every open batch to its end."""
         for part in split(self._affordable(), self._line, self.limits.most_requests, self.limits.most_bytes):
-            self._note(part)
-        for token, names, batch in self._open():
-            if batch is None:
-                await self._submit(token, [self._request(name) for name in json.loads(names)])
-        while (left := self._open()) and not self.stopped.is_set():
-            for token, names, batch in left:
-                found: Any = await self._call(partial(self.client.sdk.batches.retrieve, str(batch)))
-                if found.status in _ENDED:
-                    await self._fetch(token, found, json.loads(names), last)
+            attempts = self.ledger.attempts()
+            intents = [self._intent(task, attempts.get(task.id, 0) + 1) for task in part]
+            self.ledger.begin_batch(uuid.uuid4().hex, intents)
+        for batch in self.ledger.open_batches():
+            if batch.id is None:
+                await self._submit(batch.token, [self._task(name) for name in batch.requests])
+        while (left := self.ledger.open_batches()) and not self.stopped.is_set():
+            for batch in left:
+                state: Any = await self.client.call(partial(self.client.sdk.batches.retrieve, str(batch.id)))
+                if state.status in _ENDED:
+                    await self._fetch(batch, state, last)
             await self._pause()
 
-    def _open(self) -> list[tuple[str, str, str | None]]:
-        """(token, ids of requests, id at the endpoint) of each batch that has not been fetched."""
-        return self.ledger.query("SELECT token, requests, batch FROM batches WHERE state != 'ended'")
-
-    def _waiting(self) -> list[Request]:
-        taken = {name for _, names, _ in self._open() for name in json.loads(names)}
+    def _waiting(self) -> list[AnswerTask]:
+        """What is to be asked, and in no batch."""
+        taken = {name for batch in self.ledger.open_batches() for name in batch.requests}
         states = self.ledger.states()
-        return [r for name, r in self.known.items() if states[name] is State.WAITING and name not in taken]
+        return [task for name, task in self.tasks.items() if states[name] is State.WAITING and name not in taken]
 
-    def _request(self, name: str) -> Request:
-        """Also one that this run did not ask for: its batch is paid for all the same."""
-        if name not in self.known:
-            ((noted,),) = self.ledger.query("SELECT asked FROM requests WHERE id=?", (name,))
-            self.known[name] = recall(name, json.loads(noted))
-        return self.known[name]
-
-    def _affordable(self) -> list[Request]:
+    def _affordable(self) -> list[AnswerTask]:
         """As many of those that wait as can never cost more than is left."""
-        spent, sent = self.ledger.used()
-        waiting = self._waiting()
-        kept: list[Request] = []
-        for request in waiting:
-            spent, sent = spent + self._intent(request, 1).bound_cost, sent + 1
-            if self.remote.max_cost is not None and spent > self.remote.max_cost:
-                self.why = f"max_cost: {len(kept)} of {len(waiting)} requests are surely within it"
-                break
-            if self.remote.max_requests is not None and sent > self.remote.max_requests:
-                self.why = f"max_requests: {sent - 1} requests were sent"
-                break
-            kept.append(request)
-        return kept
+        spending, waiting = self.remote.spending(self.ledger), self._waiting()
+        for count, task in enumerate(waiting):
+            try:
+                spending.set_aside(self._intent(task, 1).bound_cost)
+            except SpentError as spent:
+                self.why = str(spent)
+                return waiting[:count]
+        return waiting
 
-    def _note(self, part: Sequence[Request]) -> None:
-        """Write down a batch, with its requests, before it is submitted."""
-        attempts = self.ledger.attempts()
-        names = json.dumps([request.id for request in part])
-        with self.ledger.transaction():
-            self.ledger.execute("INSERT INTO batches (token, requests) VALUES (?, ?)", (uuid.uuid4().hex, names))
-            self.ledger.begin(self._intent(request, attempts.get(request.id, 0) + 1) for request in part)
+    def _task(self, name: str) -> AnswerTask:
+        """Also one that this run did not ask for: its batch is paid for all the same."""
+        if name not in self.tasks:
+            self.tasks[name] = AnswerTask(request=recall(name, self.ledger.asked(name)), settings=self.settings)
+        return self.tasks[name]
 
-    async def _submit(self, token: str, part: Sequence[Request]) -> None:
-        sdk = self.client.sdk
-        batch = await self._call(partial(self._find, token))
-        if batch is None:
+    def _intent(self, task: AnswerTask, number: int) -> Intent:
+        return intent_of(task, number, self.sizes, self.remote.price)
+
+    def _line(self, task: AnswerTask) -> bytes:
+        """A request in a file; its answer bears its id."""
+        line = {"custom_id": task.id, "method": "POST", "url": self.url, "body": task.body()}
+        return dump_object(line).encode() + b"\n"
+
+    async def _submit(self, token: str, part: Sequence[AnswerTask]) -> None:
+        call, sdk = self.client.call, self.client.sdk
+        name = await call(partial(self._find, token))
+        if name is None:
             content = b"".join(map(self._line, part))
             upload = partial(sdk.files.create, file=(f"{token}.jsonl", content), purpose="batch")
-            file: Any = await self._call(upload)
+            file: Any = await call(upload)
             create = partial(
                 sdk.batches.create,
                 input_file_id=file.id,
@@ -158,10 +149,10 @@ class _Batches:
                 completion_window="24h",
                 metadata={"terselm": token},
             )
-            made: Any = await self._call(create)
-            batch = str(made.id)
-        self.ledger.execute("UPDATE batches SET batch=?, state='submitted' WHERE token=?", (batch, token))
-        _log.info("submitted batch %s with %s requests", batch, f"{len(part):,}")
+            made: Any = await call(create)
+            name = str(made.id)
+        self.ledger.submitted_batch(token, name)
+        _log.info("submitted batch %s with %s requests", name, f"{len(part):,}")
 
     async def _find(self, token: str) -> str | None:
         """The endpoint's id of a batch of ours, if it was created before a kill."""
@@ -174,75 +165,45 @@ class _Batches:
                 break
         return None
 
-    async def _fetch(self, token: str, found: Any, names: Sequence[str], last: bool) -> None:
+    async def _fetch(self, batch: OpenBatch, state: Any, last: bool) -> None:
         """Commit the answers of a batch that has ended; what it did not answer is to be asked again."""
-        if found.status == "failed" and found.errors and found.errors.data:
-            self._stop(f"the endpoint refused the batch ({self.remote.key.mask(found.errors.data[0].message or '')})")
+        if state.status == "failed" and state.errors and state.errors.data:
+            self._stop(f"the endpoint refused the batch ({self.remote.key.mask(state.errors.data[0].message or '')})")
         lines: dict[str, tuple[bytes | None, Failure | None]] = {}
-        for file in (found.output_file_id, found.error_file_id):
+        for file in (state.output_file_id, state.error_file_id):
             if file is not None:
-                content: Any = await self._call(partial(self.client.sdk.files.content, file))
+                content: Any = await self.client.call(partial(self.client.sdk.files.content, file))
                 lines |= {name: (raw, failure) for name, raw, failure in answer_lines(content.content)}
         states, attempts = self.ledger.states(), self.ledger.attempts()
-        outcomes = []
-        for name in names:
-            if states[name] is State.WAITING:
-                raw, failure = lines.get(name, (None, None))
-                outcomes.append(self._outcome(self._intent(self._request(name), attempts[name]), raw, failure, last))
+        outcomes = [
+            self._outcome(self._task(name), attempts[name], *lines.get(name, (None, None)), last=last)
+            for name in batch.requests
+            if states[name] is State.WAITING
+        ]
         for start in range(0, len(outcomes), _COMMIT):
             self.ledger.finish(outcomes[start : start + _COMMIT])
         for outcome in outcomes:
             self.progress.update(outcome)
-        self.ledger.execute("UPDATE batches SET state='ended' WHERE token=?", (token,))
+        self.ledger.end_batch(batch.token)
 
-    def _outcome(self, intent: Intent, raw: bytes | None, failure: Failure | None, last: bool) -> Outcome:
+    def _outcome(
+        self, task: AnswerTask, number: int, raw: bytes | None, failure: Failure | None, *, last: bool
+    ) -> Outcome:
+        intent = self._intent(task, number)
         if raw is not None and failure is None:
             raw = self.remote.key.mask_raw(raw)
             try:
-                return answered(
-                    self._request(intent.request),
-                    intent,
-                    parse_response(raw),
-                    raw=raw,
-                    price=self.remote.price,
-                    versions=self.versions,
-                )
+                return task.outcome(intent, raw, self.remote.price)
             except ValueError as error:
-                failure = no_answer(Reason.MALFORMED, error)
+                failure = no_answer(FailureCause.MALFORMED, first_line(error))
         failure = failure or expired(None)
         failure = replace(failure, message=self.remote.key.mask(failure.message))
         if failure.then is Then.STOP:
             self._stop(f"the endpoint refuses every request ({failure.message})")
         return failed(intent, failure, raw, last=last)
 
-    def _line(self, request: Request) -> bytes:
-        return request_line(request, remote_body(request, self.settings.api), self.url)
-
-    def _intent(self, request: Request, number: int) -> Intent:
-        prompt, most = self.sizes.bound(request.instruction.messages), self.settings.max_new_tokens
-        cost = self.remote.price.cost(prompt, most)
-        return Intent(request=request.id, number=number, bound_tokens=prompt + most, bound_cost=cost)
-
-    async def _call(self, make: Callable[[], Awaitable[T]]) -> T:
-        """One call of the interface, again and again as long as its failures may pass."""
-        import tenacity
-
-        limits = self.settings.limits
-        retrying = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(limits.retries + 1),
-            wait=tenacity.wait_random_exponential(multiplier=limits.backoff, max=limits.longest_pause),
-            retry=tenacity.retry_if_exception(lambda e: isinstance(e, AskError) and e.failure.then is Then.RETRY),
-            reraise=True,
-        )
-
-        async def once() -> T:
-            async with self.client.clear_errors():
-                return await make()
-
-        return await retrying(once)
-
     async def _pause(self) -> None:
-        if self._open():
+        if self.ledger.open_batches():
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.settings.limits.batch_poll):
                     await self.stopped.wait()
@@ -250,3 +211,47 @@ class _Batches:
     def _stop(self, why: str) -> None:
         self.why = self.why or why
         self.stopped.set()
+
+
+def split(
+    items: Sequence[Item], line: Callable[[Item], bytes], most_requests: int, most_bytes: int
+) -> Iterator[list[Item]]:
+    """Requests that go into one file each, in order."""
+    part: list[Item] = []
+    size = 0
+    for item in items:
+        length = len(line(item))
+        if part and (len(part) == most_requests or size + length > most_bytes):
+            yield part
+            part, size = [], 0
+        part.append(item)
+        size += length
+    if part:
+        yield part
+
+
+def answer_lines(content: bytes) -> Iterator[tuple[str, bytes | None, Failure | None]]:
+    """Yield (request, response as it came, failure) of each line; a line that cannot be read is passed over.
+
+    Its request has no answer then, as one that the endpoint left out.
+    """
+    for line in content.splitlines():
+        try:
+            value = json.loads(line)
+            name = str(value["custom_id"])
+            response, error = value.get("response"), value.get("error")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if error or not isinstance(response, dict):
+            yield name, None, expired(error)
+        elif response.get("status_code") != 200:
+            yield name, None, of_status(int(response.get("status_code") or 0), response.get("body"), {})
+        else:
+            yield name, json.dumps(response.get("body"), ensure_ascii=False).encode(), None
+
+
+def expired(error: Any) -> Failure:
+    """The batch ended before this request was answered; it is not charged."""
+    message = error.get("message") if isinstance(error, dict) else None
+    message = str(message or "the batch ended without an answer")
+    return Failure(cause=FailureCause.EXPIRED, then=Then.RETRY, message=message)

@@ -1,62 +1,62 @@
-"""Collect a target LLM's answers: plan, ask what is not answered yet, export."""
+"""Collect a target LLM's answers: plan, ask what is not answered yet, export, sum up."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from terselm.data.collection.entries import State
 from terselm.data.collection.export import export_all, take_in
-from terselm.data.collection.ledger import Ledger, ledger_of
-from terselm.data.collection.money import FREE, read_price
+from terselm.data.collection.ledger import Ledger, State, ledger_of
+from terselm.data.collection.outcome import CollectionProgress
 from terselm.data.collection.plan import Request, asked, plan_requests
-from terselm.data.collection.progress import Progress
-from terselm.data.collection.settings import CollectSettings
-from terselm.data.collection.summary import CollectSummary, summarise, why_nothing
+from terselm.data.collection.settings import CollectSettings, Options
 from terselm.data.instructions import Instruction
 from terselm.data.journal import locked
-from terselm.errors import ConfigError, TargetLLMError
+from terselm.data.rows import Json
+from terselm.errors import TargetLLMError
 from terselm.files import remove_partials
 from terselm.models.process import Process, current_process
 
 if TYPE_CHECKING:
-    from terselm.data.collection.remote import Remote
     from terselm.models import CausalLM
 
-__all__ = ["CollectSummary", "Options", "ask", "collect", "open_ledger", "register", "still_waiting"]
+__all__ = ["CollectSummary", "Options", "ask", "collect", "open_ledger", "open_run", "still_waiting"]
+_ALONE = Process()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Of one run, beside the settings that say what is asked.
+class CollectSummary:
+    """What a collection has come to.
 
-    Raises:
-        ConfigError: a negative limit, or a limit on costs without prices.
+    Attributes:
+        records: in the file now.
+        reused: of these, how many were there before this run.
+        waiting: requests that are still to be asked.
+        without_record: requests that will have no record, by reason.
+        retried: records of a local target that took more than one draw.
+        cut: records that were cut where they began to loop.
+        prompt_tokens, completion_tokens: of the records, as the target counts.
+        cost: of everything in the ledger, by the price table.
+        stopped: why this run ended before everything was asked; None if it did not.
+        files: what was written.
     """
 
-    key_file: Path | None = None
-    """Holds the endpoint's key; else the environment does."""
-    prices: Path | None = None
-    """Price table in YAML; without it, costs are 0."""
-    max_cost: float | None = None
-    """Hard stop, in the currency of the price table, over all runs on the same ledger."""
-    max_requests: int | None = None
-    """Hard stop on requests sent, those that failed included, over all runs on the same ledger."""
-    retry_failed: bool = False
-    """Ask again what failed for good in an earlier run."""
-    batch: bool = False
-    """Through the endpoint's batch interface."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_cost", "max_requests"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ConfigError(f"{name} is {value}; expected 0 or more")
-        if self.max_cost is not None and self.prices is None:
-            raise ConfigError("max_cost needs a price table; give one with prices")
+    records: int
+    reused: int
+    waiting: int
+    without_record: Mapping[str, int]
+    retried: int
+    cut: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float
+    stopped: str | None
+    files: tuple[str, ...]
 
 
 def collect(
@@ -87,30 +87,66 @@ def collect(
         TargetLLMError: there is no answer at all, or the ledger cannot be written.
     """
     options = options or Options()
-    process = current_process() if settings.is_local else Process()
+    process = current_process() if settings.is_local else _ALONE
     requests = plan_requests(instructions, settings)
-    with open_ledger(out, process) as ledger:
-        register(ledger, requests, out)
+    with open_run(out, requests, process) as ledger:
         if options.retry_failed:
             ledger.retry([State.FAILED])
         before = ledger.states()
         stopped = ask(ledger, requests, settings, options, process, lm)
         files = export_all(ledger, requests, out, settings, process)
         if str(out) not in files and process.count == 1:
-            raise TargetLLMError(why_nothing(ledger, requests, settings, stopped))
+            raise TargetLLMError(_why_nothing(ledger, requests, settings, stopped))
         reused = sum(before[request.id] is State.DONE for request in requests)
-        return summarise(ledger, requests, reused=reused, stopped=stopped, files=files)
+        return _summary(ledger, requests, reused=reused, stopped=stopped, files=files)
 
 
-def register(ledger: Ledger, requests: Sequence[Request], out: Path) -> None:
-    """Note what is asked, with the records that are there already.
+@contextmanager
+def open_run(out: Path, requests: Sequence[Request], process: Process = _ALONE) -> Iterator[Ledger]:
+    """The ledger of ``out`` (see `open_ledger`), with the records that are in ``out`` already.
 
     Raises:
-        ConfigError: ``out`` holds records that would be lost.
+        ConfigError: another process is writing it; it holds records that would be lost.
+        DataFormatError: it or its ledger is damaged.
+    """
+    with open_ledger(out, ((request.id, asked(request)) for request in requests), process) as ledger:
+        take_in(out, ledger, requests)
+        yield ledger
+
+
+@contextmanager
+def open_ledger(out: Path, rows: Iterable[tuple[str, Json]], process: Process = _ALONE) -> Iterator[Ledger]:
+    """The ledger of ``out``, for this process alone or for those of one launch.
+
+    Args:
+        rows: (id, what is asked) of each request of this run; they are noted. Attempts that a kill cut off are closed.
+
+    Raises:
+        ConfigError: another process is writing it.
         DataFormatError: it is damaged.
     """
-    ledger.add((request.id, asked(request)) for request in requests)
-    take_in(out, ledger, requests)
+    with ExitStack() as stack:
+        stack.enter_context(locked(_of_rank(out, process.index)))
+        for lock in out.parent.glob(f".{out.name}.rank*.lock"):  # of a launch that has more processes than this one
+            rank = int(lock.name.removeprefix(f".{out.name}.rank").removesuffix(".lock"))
+            if rank >= process.count:
+                stack.enter_context(locked(_of_rank(out, rank)))
+        if process.index == 0:
+            remove_partials(out)
+        ledger = stack.enter_context(Ledger(ledger_of(out)))
+        noted = dict(rows)
+        ledger.add(noted.items())
+        ledger.close_interrupted({name for name in noted if _is_of(process, name)} if process.count > 1 else None)
+        yield ledger
+
+
+def _of_rank(out: Path, rank: int) -> Path:
+    return out if rank == 0 else out.with_name(f"{out.name}.rank{rank}")
+
+
+def _is_of(process: Process, request: str) -> bool:
+    """Each process of a launch asks its share of the requests."""
+    return int(request, 16) % process.count == process.index
 
 
 def still_waiting(ledger: Ledger, requests: Sequence[Request]) -> list[Request]:
@@ -124,73 +160,34 @@ def ask(
     requests: Sequence[Request],
     settings: CollectSettings,
     options: Options,
-    process: Process | None = None,
+    process: Process = _ALONE,
     lm: CausalLM | None = None,
 ) -> str | None:
     """Ask for those of the requests that are waiting; return why it stopped before all were asked, if it did."""
-    process = process or Process()
-    mine = [request for request in requests if int(request.id, 16) % process.count == process.index]
-    ledger.close_interrupted({request.id for request in mine} if process.count > 1 else None)
+    mine = [request for request in requests if _is_of(process, request.id)]
     pending = still_waiting(ledger, mine)
-    with Progress(len(pending), f"Asking {settings.target}") as progress:
-        if settings.is_local:
-            _ask_local(mine, pending, ledger, settings, progress, lm, process)
-            return None
-        return _ask_remote(pending, ledger, settings, options, progress)
+    with CollectionProgress(len(pending), f"Asking {settings.target}") as progress:
+        if not settings.is_local:
+            return _ask_remote(ledger, pending, settings, options, progress)
 
+        def load() -> CausalLM:
+            from terselm.models import load_causal_lm
 
-@contextmanager
-def open_ledger(out: Path, process: Process | None = None) -> Iterator[Ledger]:
-    """The ledger of ``out``, for this process alone or for those of one launch.
+            device = process.claim_device(settings.device)
+            return lm or load_causal_lm(settings.local_name, device=device, dtype=settings.dtype)
 
-    Raises:
-        ConfigError: another process is writing it.
-        DataFormatError: it is damaged.
-    """
-    process = process or Process()
-    with ExitStack() as stack:
-        stack.enter_context(locked(_of_rank(out, process.index)))
-        for lock in out.parent.glob(f".{out.name}.rank*.lock"):  # of a launch that has more processes than this one
-            rank = int(lock.name.removeprefix(f".{out.name}.rank").removesuffix(".lock"))
-            if rank >= process.count:
-                stack.enter_context(locked(_of_rank(out, rank)))
-        if process.index == 0:
-            remove_partials(out)
-        yield stack.enter_context(Ledger(ledger_of(out)))
-
-
-def _of_rank(out: Path, rank: int) -> Path:
-    return out if rank == 0 else out.with_name(f"{out.name}.rank{rank}")
-
-
-def remote_of(settings: CollectSettings, options: Options) -> Remote:
-    """The endpoint, its key and its prices.
-
-    Raises:
-        ConfigError: the key or the price table cannot be read.
-    """
-    from terselm.data.collection.client import read_key
-    from terselm.data.collection.remote import Remote
-
-    return Remote(
-        settings=settings,
-        key=read_key(settings, options.key_file),
-        price=read_price(options.prices, settings.target) if options.prices else FREE,
-        max_cost=options.max_cost,
-        max_requests=options.max_requests,
-    )
+        _ask_local(load, ledger, mine, pending, settings, progress)
+        return None
 
 
 def _ask_remote(
-    pending: Sequence[Request],
     ledger: Ledger,
+    pending: Sequence[Request],
     settings: CollectSettings,
     options: Options,
-    progress: Progress,
+    progress: CollectionProgress,
 ) -> str | None:
-    from terselm.data.collection.judge import versions
-    from terselm.data.collection.remote import ask_all
-    from terselm.data.collection.tasks import AnswerTask
+    from terselm.data.collection.remote import AnswerTask, ask_all, remote_of
 
     remote = remote_of(settings, options)
     if not pending:
@@ -199,30 +196,63 @@ def _ask_remote(
         from terselm.data.collection.batch import ask_in_batches
 
         return ask_in_batches(remote, ledger, pending, progress)
-    made_by = versions("openai")
-    tasks = [AnswerTask(request=request, settings=settings, versions=made_by) for request in pending]
-    return ask_all(remote, ledger, tasks, progress)
+    return ask_all(remote, ledger, [AnswerTask(request=one, settings=settings) for one in pending], progress)
 
 
 def _ask_local(
+    load: Callable[[], CausalLM],
+    ledger: Ledger,
     mine: Sequence[Request],
     pending: Sequence[Request],
-    ledger: Ledger,
     settings: CollectSettings,
-    progress: Progress,
-    lm: CausalLM | None,
-    process: Process,
+    progress: CollectionProgress,
 ) -> None:
-    from terselm.data.collection.local import answer_all
-    from terselm.data.collection.scores import score_records
-    from terselm.models import load_causal_lm
+    """Generate what is pending, then score the records; the target is loaded once, and only where it is needed."""
+    from terselm.data.collection.local import answer_all, score_records
 
-    def load() -> CausalLM:
-        device = process.claim_device(settings.device)
-        return lm or load_causal_lm(settings.local_name, device=device, dtype=settings.dtype)
-
+    load = cache(load)
     if pending:
-        lm = load()
-        answer_all(lm, ledger, pending, settings, progress)
+        answer_all(load(), ledger, pending, settings, progress)
     if settings.logprobs.keep:
         score_records(load, ledger, [request.id for request in mine], settings.logprobs.top_k)
+
+
+def _why_nothing(ledger: Ledger, requests: Sequence[Request], settings: CollectSettings, stopped: str | None) -> str:
+    """Say why there is no record at all."""
+    if stopped:
+        return f"there is no answer of {settings.target} yet: {stopped}"
+    reasons = ", ".join(f"{count} {reason}" for reason, count in _reasons(ledger, requests).items())
+    hint = "try another prompt template, or a higher temperature"
+    if not settings.is_local:
+        hint = "the failures file and terselm collection status say more"
+    return f"none of the {len(requests)} answers of {settings.target} was fit to keep ({reasons}); {hint}"
+
+
+def _reasons(ledger: Ledger, requests: Sequence[Request]) -> dict[str, int]:
+    planned = {request.id for request in requests}
+    return dict(Counter(lost.reason for name, lost in ledger.without_record().items() if name in planned))
+
+
+def _summary(
+    ledger: Ledger, requests: Sequence[Request], *, reused: int, stopped: str | None, files: tuple[str, ...]
+) -> CollectSummary:
+    """Count what these requests have come to; ``reused`` of their records were there before."""
+    states = ledger.states()
+    made = [
+        record["generation"]
+        for request in requests
+        if states[request.id] is State.DONE and (record := ledger.record(request.id)) is not None
+    ]
+    return CollectSummary(
+        records=len(made),
+        reused=reused,
+        waiting=sum(states[request.id] is State.WAITING for request in requests),
+        without_record=_reasons(ledger, requests),
+        retried=sum(generation["attempts"] > 1 for generation in made),
+        cut=sum(generation["finish_reason"] == "loop" for generation in made),
+        prompt_tokens=sum(generation["usage"]["prompt_tokens"] for generation in made),
+        completion_tokens=sum(generation["usage"]["completion_tokens"] for generation in made),
+        cost=round(ledger.used()[0], 6),
+        stopped=stopped,
+        files=files,
+    )

@@ -9,19 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, linear_regression, stdev
 
-from terselm.data.collection.collect import Options, ask, open_ledger, register, still_waiting
-from terselm.data.collection.entries import ANSWERED, IMPORTED, State
-from terselm.data.collection.ledger import Ledger
-from terselm.data.collection.money import FREE, Price, read_price
-from terselm.data.collection.plan import Request, plan_requests, render
-from terselm.data.collection.settings import CollectSettings
-from terselm.data.collection.sizes import PromptSizes
+from terselm.data.collection.admission import PromptSizes, prompt_bytes
+from terselm.data.collection.collect import ask, open_run, still_waiting
+from terselm.data.collection.ledger import Use
+from terselm.data.collection.plan import Request, plan_requests, prompt_text
+from terselm.data.collection.settings import CollectSettings, Options, Price, read_price
 from terselm.data.instructions import Instruction
 from terselm.errors import ConfigError
 
 _BYTES_PER_TOKEN = 4.0  # of English, where nothing better is known
 _TWO_SIDED = 1.96  # standard errors in a 95% interval
 _LEAST = 8  # answers from which a mean is worth something
+_Known = tuple[Request, Use]  # an answered request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class Guess:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class CostEstimate:
     """What the rest of a collection will use.
 
     Attributes:
@@ -65,7 +64,7 @@ def estimate(
     options: Options | None = None,
     *,
     pilot: int = 0,
-) -> Estimate:
+) -> CostEstimate:
     """Judge by the answers that the ledger has what the others will take.
 
     Args:
@@ -75,16 +74,16 @@ def estimate(
         ConfigError: as `collect`; or ``pilot`` is negative.
     """
     options = options or Options()
-    price = read_price(options.prices, settings.target) if options.prices else FREE
+    price = read_price(options.prices, settings.target)
     requests = plan_requests(instructions, settings)
     if pilot < 0:
         raise ConfigError(f"pilot is {pilot}; expected 0 or more requests")
-    with open_ledger(out) as ledger:
-        register(ledger, requests, out)
+    with open_run(out, requests) as ledger:
         if pilot:
             waiting = still_waiting(ledger, requests)
             ask(ledger, _spread(waiting, pilot, settings.seed), settings, options)
-        known = _known(ledger, requests)
+        uses = ledger.uses()
+        known = [(request, uses[request.id]) for request in requests if request.id in uses]
         return _estimate(known, still_waiting(ledger, requests), settings, price)
 
 
@@ -95,37 +94,12 @@ def _spread(waiting: Sequence[Request], count: int, seed: int) -> list[Request]:
     return [ordered[int((index + start) * len(ordered) / count)] for index in range(count)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Answer:
-    """What one answered request has used, all its draws together."""
-
-    request: Request
-    draws: int
-    prompt_tokens: int
-    completion_tokens: int
-
-
-def _known(ledger: Ledger, requests: Sequence[Request]) -> list[_Answer]:
-    rows = ledger.query(
-        "SELECT request, count(*), sum(prompt_tokens), sum(completion_tokens) "
-        "FROM attempts JOIN requests ON id=request WHERE outcome IN (?, ?) AND state != ? GROUP BY request",
-        (ANSWERED, IMPORTED, State.WAITING),
-    )
-    used = {request: figures for request, *figures in rows}
-    return [
-        _Answer(request=request, draws=draws, prompt_tokens=prompt, completion_tokens=completion)
-        for request in requests
-        if request.id in used
-        for draws, prompt, completion in [used[request.id]]
-    ]
-
-
 def _estimate(
-    known: Sequence[_Answer], waiting: Sequence[Request], settings: CollectSettings, price: Price
-) -> Estimate:
+    known: Sequence[_Known], waiting: Sequence[Request], settings: CollectSettings, price: Price
+) -> CostEstimate:
     basis, prompt = _prompts(known, waiting, settings)
     completion = _completions(known, waiting, settings)
-    return Estimate(
+    return CostEstimate(
         requests=len(waiting),
         answers_known=len(known),
         prompt_basis=basis,
@@ -150,7 +124,7 @@ def _most_draws(request: Request, settings: CollectSettings) -> int:
     return settings.attempts if settings.is_local and request.temperature > 0 else 1
 
 
-def _completions(known: Sequence[_Answer], waiting: Sequence[Request], settings: CollectSettings) -> Guess:
+def _completions(known: Sequence[_Known], waiting: Sequence[Request], settings: CollectSettings) -> Guess:
     """Greedy and sampled answers apart, as far as there are enough of both: they differ in length and in draws."""
     at_most = sum(settings.max_new_tokens * _most_draws(request, settings) for request in waiting)
     if not waiting:
@@ -158,8 +132,8 @@ def _completions(known: Sequence[_Answer], waiting: Sequence[Request], settings:
     expected = variance = 0.0
     for sampled in (False, True):
         count = sum((request.temperature > 0) is sampled for request in waiting)
-        own = [a.completion_tokens for a in known if (a.request.temperature > 0) is sampled]
-        own = own if len(own) >= _LEAST else [a.completion_tokens for a in known]
+        own = [use.completion_tokens for request, use in known if (request.temperature > 0) is sampled]
+        own = own if len(own) >= _LEAST else [use.completion_tokens for _, use in known]
         if count and len(own) < 2:
             return Guess(expected=None, low=None, high=None, at_most=at_most)
         if count:
@@ -171,22 +145,22 @@ def _completions(known: Sequence[_Answer], waiting: Sequence[Request], settings:
     )
 
 
-def _prompts(known: Sequence[_Answer], waiting: Sequence[Request], settings: CollectSettings) -> tuple[str, Guess]:
+def _prompts(known: Sequence[_Known], waiting: Sequence[Request], settings: CollectSettings) -> tuple[str, Guess]:
     at_most: float
     if settings.is_local:
         lengths = _local_lengths(waiting, settings)
         draws = {
-            sampled: fmean([a.draws for a in known if (a.request.temperature > 0) is sampled] or [1])
+            sampled: fmean([use.draws for request, use in known if (request.temperature > 0) is sampled] or [1])
             for sampled in (False, True)
         }
         expected = sum(length * draws[r.temperature > 0] for r, length in zip(waiting, lengths, strict=True))
         at_most = sum(length * _most_draws(r, settings) for r, length in zip(waiting, lengths, strict=True))
         return "tokenizer", Guess(expected=expected, low=expected, high=expected, at_most=at_most)
     sizes = PromptSizes()
-    for answer in known:
-        sizes.learn(answer.request.instruction.messages, answer.prompt_tokens)
+    for request, use in known:
+        sizes.learn(request.instruction.messages, use.prompt_tokens)
     at_most = sum(sizes.bound(request.instruction.messages) for request in waiting)
-    pairs = [(_bytes(a.request), a.prompt_tokens) for a in known if a.prompt_tokens]
+    pairs = [(_bytes(request), use.prompt_tokens) for request, use in known if use.prompt_tokens]
     if len(pairs) < 2:
         expected = sum(_bytes(request) / _BYTES_PER_TOKEN for request in waiting)
         return "bytes", Guess(expected=expected, low=expected, high=at_most, at_most=at_most)
@@ -208,9 +182,9 @@ def _local_lengths(waiting: Sequence[Request], settings: CollectSettings) -> lis
     from terselm.models import load_tokenizer
 
     tokenizer = load_tokenizer(settings.local_name)
-    prompts = [render(request, tokenizer) for request in waiting]
+    prompts = [prompt_text(request, tokenizer) for request in waiting]
     return [1 + len(ids) for ids in tokenizer(prompts, add_special_tokens=False).input_ids] if prompts else []
 
 
 def _bytes(request: Request) -> int:
-    return sum(len(message.content.encode()) for message in request.instruction.messages)
+    return prompt_bytes(request.instruction.messages)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from filelock import FileLock
 
-from terselm.data.collection.entries import State
-from terselm.data.collection.ledger import Ledger
+from terselm.data.collection.ledger import Ledger, State
 from terselm.data.collection.plan import Request
 from terselm.data.collection.settings import CollectSettings
 from terselm.data.formats import Format, record_to_object
@@ -40,13 +40,13 @@ def take_in(out: Path, ledger: Ledger, requests: Sequence[Request]) -> None:
     """
     if not out.exists():
         return
-    wanted = {request.id for request in requests}
+    planned = {request.id for request in requests}
     states = ledger.states()
     strangers = 0
     for record in read_records(out, Format.RECORDS):
-        if record.id in states and (states[record.id] is State.DONE or record.id not in wanted):
+        if record.id in states and (states[record.id] is State.DONE or record.id not in planned):
             continue
-        if record.id in wanted and record.generation is not None:
+        if record.id in planned and record.generation is not None:
             ledger.adopt(record.id, record_to_object(record))
         else:
             strangers += 1
@@ -60,33 +60,27 @@ def take_in(out: Path, ledger: Ledger, requests: Sequence[Request]) -> None:
 def export_records(ledger: Ledger, requests: Iterable[Request], out: Path) -> int:
     """Write the records that there are, in the order of the requests; return how many. None are written as no file."""
     done = {name for name, state in ledger.states().items() if state is State.DONE}
-    wanted = [request.id for request in requests if request.id in done]
-    if wanted:
+    names = [request.id for request in requests if request.id in done]
+    if names:
         with atomic_file(out) as file:
-            for name in wanted:
+            for name in names:
                 file.write(dump_object(ledger.record(name) or {}) + "\n")
-    return len(wanted)
+    return len(names)
 
 
 def export_failures(ledger: Ledger, requests: Sequence[Request], out: Path) -> int:
     """List the requests that will have no record, each with its reason; no file where there are none."""
     path = failures_of(out)
-    wanted = {request.id: request for request in requests}
-    rows = ledger.query(
-        "SELECT id, state, reason, message FROM requests WHERE state IN (?, ?, ?)",
-        (State.FAILED, State.FILTERED, State.DROPPED),
-    )
-    found = {name: (state, reason, message) for name, state, reason, message in rows if name in wanted}
-    if not found:
+    without_record = ledger.without_record()
+    lost = [request for request in requests if request.id in without_record]
+    if not lost:
         path.unlink(missing_ok=True)
         return 0
     with atomic_file(path) as file:
-        for name, request in wanted.items():
-            if name in found:
-                state, reason, message = found[name]
-                line = {"id": name, "instruction": request.instruction.id, "temperature": request.temperature}
-                file.write(dump_object(line | {"state": state, "reason": reason, "message": message}) + "\n")
-    return len(found)
+        for request in lost:
+            line = {"id": request.id, "instruction": request.instruction.id, "temperature": request.temperature}
+            file.write(dump_object(line | asdict(without_record[request.id])) + "\n")
+    return len(lost)
 
 
 def export_all(

@@ -3,7 +3,7 @@
 A SQLite file in WAL mode beside the records. A request's row is keyed by the hash of all that was asked, so that a
 changed parameter makes new rows and leaves the old ones alone. An attempt's row is written before the request is sent
 and completed when its answer is there; one that was never completed was cut off by a kill, and what it may have cost
-counts. Nothing is ever deleted.
+counts. Nothing is ever deleted. No other file knows the tables: each question to them has a name here.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from terselm.data.collection.entries import ANSWERED, IMPORTED, INTERRUPTED, Intent, Outcome, State
 from terselm.data.rows import Json, dump_object
 from terselm.errors import DataFormatError, TargetLLMError
 
@@ -61,6 +62,92 @@ CREATE TABLE IF NOT EXISTS batches (
     state TEXT NOT NULL DEFAULT 'created'  -- created, submitted, ended
 ) WITHOUT ROWID;
 """
+
+
+class State(StrEnum):
+    """What became of a request so far.
+
+    Attributes:
+        WAITING: to be asked, or asked again.
+        DONE: there is a record.
+        FAILED: the endpoint did not answer, however often it was asked, or refused.
+        FILTERED: a content filter kept the answer back.
+        DROPPED: there is an answer, but none that is fit for a record.
+    """
+
+    WAITING = "waiting"
+    DONE = "done"
+    FAILED = "failed"
+    FILTERED = "filtered"
+    DROPPED = "dropped"
+
+
+ANSWERED = "answered"
+"""Outcome of an attempt that brought a whole answer."""
+INTERRUPTED = "interrupted"
+"""Outcome of an attempt that a kill cut off; it may have been answered, and charged."""
+IMPORTED = "imported"
+"""Outcome that stands for a record that was in the file before there was a ledger."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intent:
+    """An attempt that is about to be made."""
+
+    request: str
+    number: int
+    bound_tokens: int = 0
+    bound_cost: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How an attempt ended, and what that means for its request."""
+
+    request: str
+    number: int
+    outcome: str
+    message: str | None = None
+    raw: bytes | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cost: float = 0.0
+    state: State = State.WAITING
+    reason: str | None = None
+    record: Json | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutRecord:
+    """A request that will have no record, and why."""
+
+    state: State
+    reason: str
+    message: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """What one answered request has used, all its draws together."""
+
+    draws: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenBatch:
+    """A batch whose answers have not been fetched.
+
+    Attributes:
+        token: ours, also in the batch's metadata at the endpoint.
+        requests: their ids.
+        id: the endpoint's, once it is known.
+    """
+
+    token: str
+    requests: tuple[str, ...]
+    id: str | None
 
 
 class Ledger:
@@ -236,14 +323,94 @@ class Ledger:
             return bytes(data)
         return None
 
-    def query(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        """Rows for a report."""
-        return list(self._rows(sql, values))
+    def sent_since(self, when: float) -> list[tuple[float, int]]:
+        """(seconds since 1970, tokens used or that it may have used) of each attempt that began after ``when``."""
+        return list(
+            self._rows(
+                "SELECT started, CASE WHEN outcome = ? THEN prompt_tokens + completion_tokens "
+                "WHEN outcome = ? OR cost > 0 THEN bound_tokens ELSE 0 END FROM attempts WHERE started > ? "
+                "ORDER BY started",
+                (ANSWERED, INTERRUPTED, when),
+            )
+        )
 
-    def execute(self, sql: str, values: Sequence[Any] = ()) -> None:
-        """One change, committed."""
+    def asked(self, request: str) -> Json:
+        """What `add` was given."""
+        ((text,),) = self._rows("SELECT asked FROM requests WHERE id=?", (request,))
+        return dict(json.loads(text))
+
+    def without_record(self) -> dict[str, WithoutRecord]:
+        """By id, the requests that will have no record unless they are asked again."""
+        rows = self._rows(
+            "SELECT id, state, reason, message FROM requests WHERE state IN (?, ?, ?)",
+            (State.FAILED, State.FILTERED, State.DROPPED),
+        )
+        return {
+            name: WithoutRecord(state=State(state), reason=reason, message=message)
+            for name, state, reason, message in rows
+        }
+
+    def uses(self) -> dict[str, Use]:
+        """By id, what the requests that were answered for good have used."""
+        rows = self._rows(
+            "SELECT request, count(*), sum(prompt_tokens), sum(completion_tokens) "
+            "FROM attempts JOIN requests ON id=request WHERE outcome IN (?, ?) AND state != ? GROUP BY request",
+            (ANSWERED, IMPORTED, State.WAITING),
+        )
+        return {
+            name: Use(draws=draws, prompt_tokens=prompt, completion_tokens=completion)
+            for name, draws, prompt, completion in rows
+        }
+
+    def begin_batch(self, token: str, intents: Sequence[Intent]) -> None:
+        """Write down a batch, with its requests, before it is submitted."""
         with self.transaction():
-            self._db.execute(sql, values)
+            names = json.dumps([intent.request for intent in intents])
+            self._db.execute("INSERT INTO batches (token, requests) VALUES (?, ?)", (token, names))
+            self.begin(intents)
+
+    def submitted_batch(self, token: str, name: str) -> None:
+        """Note the endpoint's id of a batch."""
+        with self.transaction():
+            self._db.execute("UPDATE batches SET batch=?, state='submitted' WHERE token=?", (name, token))
+
+    def end_batch(self, token: str) -> None:
+        """Note that all answers of a batch have been fetched."""
+        with self.transaction():
+            self._db.execute("UPDATE batches SET state='ended' WHERE token=?", (token,))
+
+    def open_batches(self) -> list[OpenBatch]:
+        """Batches that have not been fetched."""
+        rows = self._rows("SELECT token, requests, batch FROM batches WHERE state != 'ended'")
+        return [OpenBatch(token=token, requests=tuple(json.loads(names)), id=name) for token, names, name in rows]
+
+    def report(self) -> dict[str, Any]:
+        """What the ledger holds, in figures.
+
+        ``requests`` by state; ``without_record`` by reason; ``attempts`` by outcome, those under way as ``open``;
+        tokens of all answers, dropped ones too; ``cost`` with what attempts without an answer may have cost.
+        """
+        states = dict(self._rows("SELECT state, count(*) FROM requests GROUP BY state"))
+        reasons = self._rows(
+            "SELECT reason, count(*) FROM requests WHERE state IN (?, ?, ?) GROUP BY reason ORDER BY 2 DESC",
+            (State.FAILED, State.FILTERED, State.DROPPED),
+        )
+        outcomes = self._rows("SELECT coalesce(outcome, 'open'), count(*) FROM attempts GROUP BY 1 ORDER BY 2 DESC")
+        ((prompt, completion),) = self._rows(
+            "SELECT coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0) FROM attempts "
+            "WHERE outcome IS NOT ?",
+            (IMPORTED,),
+        )
+        figures: dict[str, Any] = {
+            "requests": {state.value: states.get(state.value, 0) for state in State},
+            "without_record": dict(reasons),
+            "attempts": dict(outcomes),
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "cost": round(self.used()[0], 6),
+        }
+        batches = dict(self._rows("SELECT state, count(*) FROM batches GROUP BY state"))
+        return figures | ({"batches": batches} if batches else {})
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -285,8 +452,8 @@ class Ledger:
             yield
         except sqlite3.OperationalError as error:
             raise TargetLLMError(
-                f"the ledger {self.path} cannot be used: {error}; what is committed in it is safe, run the command "
-                "again once that is mended"
+                f"the ledger {self.path} cannot be used: {error}; what is committed in it is safe: remove the cause, "
+                "and run the command again"
             ) from None
         except sqlite3.DatabaseError as error:
             raise DataFormatError(self.path, None, f"is not a ledger, or damaged: {error}") from None
@@ -295,3 +462,13 @@ class Ledger:
 def ledger_of(out: Path) -> Path:
     """Where the ledger of a records file is."""
     return out.with_name(out.name + ".ledger")
+
+
+def status(path: Path) -> dict[str, Any]:
+    """The figures (see `Ledger.report`) of a ledger that another process may be writing.
+
+    Raises:
+        DataFormatError: there is no such ledger, or it is damaged.
+    """
+    with Ledger(path, read_only=True) as ledger:
+        return ledger.report()

@@ -70,7 +70,7 @@ def remote_body(request: Request, api: Api) -> dict[str, Any]:
     extra = json.loads(str(request.parameters.get("extra_body", "{}")))
     body: dict[str, Any] = {"model": request.model, **sent, **extra}
     if api is Api.COMPLETIONS:
-        return body | {"prompt": render(request, None)}
+        return body | {"prompt": prompt_text(request, None)}
     return body | {"messages": [message_to_object(message) for message in request.instruction.messages]}
 
 
@@ -105,7 +105,7 @@ def recall(name: str, noted: Json) -> Request:
     )
 
 
-def render(request: Request, tokenizer: Any) -> str:
+def prompt_text(request: Request, tokenizer: Any) -> str:
     """The prompt as text, by its template or by the tokenizer's chat template.
 
     Raises:

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-from terselm.data.collection.admission import Admission, StoppedError
-from terselm.data.collection.client import AskError, Client, Key
-from terselm.data.collection.commits import Commits
-from terselm.data.collection.entries import Intent, Outcome
-from terselm.data.collection.failures import Failure, Reason, Then, no_answer
-from terselm.data.collection.interrupts import on_interrupt
-from terselm.data.collection.ledger import Ledger
-from terselm.data.collection.money import FREE, Price, SpentError
-from terselm.data.collection.progress import Progress
-from terselm.data.collection.settings import CollectSettings
-from terselm.data.collection.sizes import PromptSizes
-from terselm.data.collection.tasks import Task
-from terselm.data.collection.verdicts import failed
-from terselm.errors import ConfigError, TerseLMError
-
-if TYPE_CHECKING:
-    from tenacity import RetryCallState
+from terselm.data.collection.admission import Admission, PromptSizes, SpendingLimit, SpentError, StoppedError
+from terselm.data.collection.endpoint import (
+    AskError,
+    Client,
+    Failure,
+    FailureCause,
+    Key,
+    Then,
+    no_answer,
+    pause_after,
+    read_key,
+)
+from terselm.data.collection.ledger import Intent, Ledger, Outcome
+from terselm.data.collection.outcome import CollectionProgress, answered, failed, scored
+from terselm.data.collection.plan import Request, remote_body
+from terselm.data.collection.settings import Api, CollectSettings, Options, Price, PromptScores, read_price
+from terselm.data.schema import Message, PlainText, Role
+from terselm.errors import TerseLMError
+from terselm.extras import first_line
 
 _DEAD = 20
 """Requests given up in a row after which the endpoint is taken for dead; those that were not sent stay waiting."""
-_LONGEST_WISH = 3600.0
-"""Seconds; an endpoint that asks to wait longer is asked again after this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,38 +39,145 @@ class Remote:
 
     settings: CollectSettings
     key: Key
-    price: Price = FREE
-    max_cost: float | None = None
-    max_requests: int | None = None
+    price: Price
+    max_cost: float | None
+    max_requests: int | None
+
+    def spending(self, ledger: Ledger) -> SpendingLimit:
+        """What may still be spent."""
+        return SpendingLimit(self.max_cost, self.max_requests, ledger)
 
 
-def ask_all(remote: Remote, ledger: Ledger, tasks: Sequence[Task], progress: Progress) -> str | None:
+def remote_of(settings: CollectSettings, options: Options) -> Remote:
+    """The endpoint, its key and its prices.
+
+    Raises:
+        ConfigError: the key or the price table cannot be read.
+    """
+    return Remote(
+        settings=settings,
+        key=read_key(settings, options.key_file),
+        price=read_price(options.prices, settings.target),
+        max_cost=options.max_cost,
+        max_requests=options.max_requests,
+    )
+
+
+class Task(Protocol):
+    """One thing to ask, whose row in the ledger has the name ``id``."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def plain(self) -> bool:
+        """Through ``/completions``."""
+        ...
+
+    @property
+    def messages(self) -> Sequence[Message]:
+        """The prompt."""
+        ...
+
+    @property
+    def most_tokens(self) -> int:
+        """Of the completion."""
+        ...
+
+    def body(self) -> dict[str, Any]:
+        """What is sent."""
+        ...
+
+    def outcome(self, intent: Intent, raw: bytes, price: Price) -> Outcome:
+        """What a response means; ValueError where it cannot be read."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerTask:
+    """An answer to a request."""
+
+    request: Request
+    settings: CollectSettings
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def plain(self) -> bool:
+        return self.settings.api is Api.COMPLETIONS
+
+    @property
+    def messages(self) -> Sequence[Message]:
+        return self.request.instruction.messages
+
+    @property
+    def most_tokens(self) -> int:
+        return self.settings.max_new_tokens
+
+    def body(self) -> dict[str, Any]:
+        return remote_body(self.request, self.settings.api)
+
+    def outcome(self, intent: Intent, raw: bytes, price: Price) -> Outcome:
+        return answered(self.request, intent, raw, price)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTask:
+    """The log-probabilities of a text."""
+
+    id: str
+    text: PlainText
+    settings: CollectSettings
+    plain: bool = True
+    most_tokens: int = 1
+
+    @property
+    def messages(self) -> Sequence[Message]:
+        return [Message(role=Role.USER, content=self.text.text)] if self.text.text.strip() else []
+
+    def body(self) -> dict[str, Any]:
+        top_k = self.settings.logprobs.top_k
+        body: dict[str, Any] = {"model": self.settings.model, "prompt": self.text.text, **self.settings.extra_body}
+        if self.settings.logprobs.of_texts is PromptScores.ECHO:
+            return body | {"echo": True, "max_tokens": 0, "logprobs": max(1, top_k)}
+        return body | {"prompt_logprobs": top_k, "max_tokens": 1}
+
+    def outcome(self, intent: Intent, raw: bytes, price: Price) -> Outcome:
+        return scored(self.text, self.settings.logprobs, intent, raw, price)
+
+
+def intent_of(task: Task, number: int, sizes: PromptSizes, price: Price) -> Intent:
+    """An attempt at a task, with what it could use at most."""
+    prompt = sizes.bound(task.messages)
+    cost = price.cost(prompt, task.most_tokens)
+    return Intent(request=task.id, number=number, bound_tokens=prompt + task.most_tokens, bound_cost=cost)
+
+
+def ask_all(remote: Remote, ledger: Ledger, tasks: Sequence[Task], progress: CollectionProgress) -> str | None:
     """Ask until each request is answered or given up; return why it stopped before that, if it did.
 
     An interrupt (Ctrl-C, SIGTERM) sends nothing more and waits for the answers that are on their way.
 
     Raises:
-        ConfigError: `openai` or `tenacity` is missing, or a request is larger than the token limit.
+        ConfigError: `openai` is missing, or a request is larger than the token limit.
         TargetLLMError: the ledger cannot be written.
     """
-    try:
-        import tenacity  # noqa: F401
-    except ImportError:
-        raise ConfigError("endpoints need the tenacity package; run: pip install 'terselm[collect]'") from None
 
     async def ask() -> str | None:
-        return await _Run(remote, ledger, progress).ask(tasks)
+        return await _RemoteRun(remote, ledger, progress).ask(tasks)
 
     return asyncio.run(ask())
 
 
-class _Run:
+class _RemoteRun:
     """The state of one run; it lives in one event loop."""
 
-    def __init__(self, remote: Remote, ledger: Ledger, progress: Progress) -> None:
-        self.remote, self.settings, self.ledger, self.progress = remote, remote.settings, ledger, progress
-        self.gate = Admission(remote.settings.limits, ledger, (remote.max_cost, remote.max_requests))
-        self.commits = Commits(ledger)
+    def __init__(self, remote: Remote, ledger: Ledger, progress: CollectionProgress) -> None:
+        self.remote, self.limits, self.ledger, self.progress = remote, remote.settings.limits, ledger, progress
+        self.gate = Admission(self.limits, remote.spending(ledger), ledger)
+        self.commits = _Commits(ledger)
         self.sizes = PromptSizes()
         self.attempts = ledger.attempts()
         self.error: TerseLMError | None = None
@@ -77,11 +185,11 @@ class _Run:
 
     async def ask(self, tasks: Sequence[Task]) -> str | None:
         queue = iter(tasks)
-        async with Client(self.settings, self.remote.key) as client:
+        async with Client(self.remote.settings, self.remote.key) as client:
             try:
                 with on_interrupt(lambda: self.gate.stop("interrupted")):
                     async with asyncio.TaskGroup() as group:
-                        for _ in range(min(self.settings.limits.concurrency, len(tasks))):
+                        for _ in range(min(self.limits.concurrency, len(tasks))):
                             group.create_task(self._work(client, queue))
             finally:
                 await self.commits.close()
@@ -105,24 +213,17 @@ class _Run:
                 return
 
     async def _until_answered(self, client: Client, task: Task) -> None:
-        import tenacity
+        """Attempt a task until it is answered, fails for good, or has failed as often as the limits allow."""
+        for failures in range(1, self.limits.retries + 2):
+            last = failures > self.limits.retries
+            failure = await self._attempt(client, task, last)
+            if failure is None or failure.then is not Then.RETRY or last:
+                return
+            await self.gate.sleep(pause_after(failures, failure, self.limits))
 
-        tries = self.settings.limits.retries + 1
-        retrying = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(tries),
-            retry=tenacity.retry_if_exception(lambda e: isinstance(e, AskError) and e.failure.then is Then.RETRY),
-            wait=self._pause,
-            sleep=self.gate.sleep,
-            reraise=True,
-        )
-        with suppress(AskError):  # the ledger has it
-            async for attempt in retrying:
-                with attempt:
-                    await self._attempt(client, task, last=attempt.retry_state.attempt_number == tries)
-
-    async def _attempt(self, client: Client, task: Task, last: bool) -> None:
-        """Send a request once, commit what came of it, and raise AskError where that was no answer."""
-        intent = self._intent(task)
+    async def _attempt(self, client: Client, task: Task, last: bool) -> Failure | None:
+        """Send a request once, commit what came of it, and return its failure where that was no answer."""
+        intent = intent_of(task, self.attempts.get(task.id, 0) + 1, self.sizes, self.remote.price)
         async with self.gate.ticket(intent) as ticket:
             await self.commits.commit(lambda: self.ledger.begin([intent]))
             self.attempts[task.id] = intent.number
@@ -131,26 +232,17 @@ class _Run:
                 outcome, failure = await self._send(client, task, intent, last)
             await self.commits.commit(lambda: self.ledger.finish([outcome]))
             self.gate.settle(ticket, outcome, failure)
-        task.learn(self.sizes, outcome.prompt_tokens or 0)
+        self.sizes.learn(task.messages, outcome.prompt_tokens or 0)
         self.progress.update(outcome)
         if failure is None:
             self.given_up = 0
-            return
+            return None
         self.given_up += failure.then is Then.RETRY and last
         if failure.then is Then.STOP:
             self.gate.stop(f"the endpoint refuses every request ({failure.message})")
         elif self.given_up >= _DEAD:
             self.gate.stop(f"the endpoint answered none of {_DEAD} requests in a row ({failure.message})")
-        raise AskError(failure)
-
-    def _intent(self, task: Task) -> Intent:
-        prompt, completion = task.bounds(self.sizes)
-        return Intent(
-            request=task.id,
-            number=self.attempts.get(task.id, 0) + 1,
-            bound_tokens=prompt + completion,
-            bound_cost=self.remote.price.cost(prompt, completion),
-        )
+        return failure
 
     async def _send(self, client: Client, task: Task, intent: Intent, last: bool) -> tuple[Outcome, Failure | None]:
         raw = None
@@ -160,15 +252,79 @@ class _Run:
         except AskError as error:
             failure = error.failure
         except ValueError as error:
-            failure = no_answer(Reason.MALFORMED, self.remote.key.mask(str(error)))
+            failure = no_answer(FailureCause.MALFORMED, self.remote.key.mask(first_line(error)))
         return failed(intent, failure, raw, last=last), failure
 
-    def _pause(self, state: RetryCallState) -> float:
-        """Seconds until the next attempt: what the endpoint asks for, else exponential with full jitter."""
-        import tenacity
 
-        limits = self.settings.limits
-        error = state.outcome.exception() if state.outcome else None
-        asked = error.failure.pause if isinstance(error, AskError) else None
-        drawn = tenacity.wait_random_exponential(multiplier=limits.backoff, max=limits.longest_pause)(state)
-        return drawn if asked is None else min(asked, _LONGEST_WISH) + min(drawn, 0.1 * asked)
+class _Commits:
+    """Many commits as one: each waits for the disk, and a disk is slow.
+
+    Gathers the changes that arrive while the last group is being written, and commits them together.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._waiting: list[tuple[Callable[[], None], asyncio.Future[None]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    async def commit(self, change: Callable[[], None]) -> None:
+        """Return once the change is on disk; it will get there even if the caller is cancelled.
+
+        Raises:
+            TargetLLMError: it cannot be written.
+        """
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((change, future))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._write())
+        await future
+
+    async def close(self) -> None:
+        """Wait for what is under way."""
+        if self._task is not None:
+            await self._task
+
+    async def _write(self) -> None:
+        while self._waiting:
+            group, self._waiting = self._waiting, []
+            error: BaseException | None = None
+            try:
+                await asyncio.to_thread(self._apply, [change for change, _ in group])
+            except Exception as raised:
+                error = raised
+            for _, future in group:
+                if future.done():  # its caller was cancelled
+                    continue
+                if error is None:
+                    future.set_result(None)
+                else:
+                    future.set_exception(error)
+
+    def _apply(self, changes: list[Callable[[], None]]) -> None:
+        with self._ledger.transaction():
+            for change in changes:
+                change()
+
+
+@contextmanager
+def on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """Call ``stop`` on the first Ctrl-C or SIGTERM; a second one is Python's. For use within an event loop."""
+    loop = asyncio.get_running_loop()
+    caught: list[signal.Signals] = []
+
+    def release() -> None:
+        while caught:
+            loop.remove_signal_handler(caught.pop())
+
+    def interrupted() -> None:
+        release()
+        stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with suppress(NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread
+            loop.add_signal_handler(number, interrupted)
+            caught.append(number)
+    try:
+        yield
+    finally:
+        release()

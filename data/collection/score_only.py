@@ -9,15 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from terselm.data.collection.collect import Options, open_ledger, remote_of
-from terselm.data.collection.entries import State
-from terselm.data.collection.ledger import Ledger
-from terselm.data.collection.progress import Progress
-from terselm.data.collection.remote import ask_all
-from terselm.data.collection.scores import about, score_all, stored_scores
-from terselm.data.collection.settings import CollectSettings, PromptScores
-from terselm.data.collection.tasks import ScoreTask
-from terselm.data.collection.token_scores import text_scores
+from terselm.data.collection.collect import open_ledger
+from terselm.data.collection.ledger import Ledger, State
+from terselm.data.collection.outcome import CollectionProgress
+from terselm.data.collection.scores import about, stored_scores, text_scores
+from terselm.data.collection.settings import CollectSettings, Options, PromptScores
 from terselm.data.instructions import load_texts
 from terselm.data.logprobs import ScoredText, write_logprobs
 from terselm.data.schema import PlainText
@@ -61,9 +57,7 @@ def score_only(source: str, out: Path, settings: CollectSettings, options: Optio
         )
     texts = [(_key(text, settings), text) for text in load_texts(source)]
     options = options or Options()
-    with open_ledger(out) as ledger:
-        ledger.add((key, _asked(text, settings)) for key, text in texts)
-        ledger.close_interrupted()
+    with open_ledger(out, ((key, _asked(text, settings)) for key, text in texts)) as ledger:
         if options.retry_failed:
             ledger.retry([State.FAILED])
         have = _scored(ledger, settings)
@@ -88,6 +82,7 @@ def _scored(ledger: Ledger, settings: CollectSettings) -> set[str]:
 
 
 def _score_locally(ledger: Ledger, texts: Sequence[tuple[str, PlainText]], settings: CollectSettings) -> None:
+    from terselm.data.collection.local import score_all
     from terselm.models import load_causal_lm
 
     lm = load_causal_lm(settings.local_name, device=settings.device, dtype=settings.dtype)
@@ -97,15 +92,16 @@ def _score_locally(ledger: Ledger, texts: Sequence[tuple[str, PlainText]], setti
 def _ask(
     ledger: Ledger, texts: Sequence[tuple[str, PlainText]], settings: CollectSettings, options: Options
 ) -> str | None:
+    from terselm.data.collection.remote import ScoreTask, ask_all, remote_of
+
     states = ledger.states()
     tasks = [ScoreTask(id=key, text=text, settings=settings) for key, text in texts if states[key] is State.WAITING]
-    with Progress(len(tasks), f"Scoring with {settings.target}") as progress:
+    with CollectionProgress(len(tasks), f"Scoring with {settings.target}", "text") as progress:
         return ask_all(remote_of(settings, options), ledger, tasks, progress)
 
 
 def _failed(ledger: Ledger, texts: dict[str, PlainText]) -> dict[str, str]:
-    rows = ledger.query("SELECT id, message FROM requests WHERE state IN (?, ?)", (State.FAILED, State.FILTERED))
-    return {texts[key].id: str(message) for key, message in rows if key in texts}
+    return {texts[key].id: str(lost.message) for key, lost in ledger.without_record().items() if key in texts}
 
 
 def _scores(ledger: Ledger, texts: Sequence[tuple[str, PlainText]], settings: CollectSettings) -> Iterator[ScoredText]:

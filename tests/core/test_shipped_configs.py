@@ -60,7 +60,7 @@ def evaluate(path: Path) -> Any:
 def prices(path: Path) -> Any:
     import yaml
 
-    from terselm.data.collection.money import read_price
+    from terselm.data.collection.settings import read_price
 
     return [read_price(path, model) for model in yaml.safe_load(path.read_text(encoding="utf-8"))]
 

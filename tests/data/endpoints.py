@@ -8,8 +8,8 @@ from typing import Any
 
 from faulty_server import answer_to
 
-from terselm.data.collection.collect import CollectSummary, Options, collect
-from terselm.data.collection.settings import CollectSettings, LimitSettings
+from terselm.data.collection.collect import CollectSummary, collect
+from terselm.data.collection.settings import CollectSettings, LimitSettings, Options
 from terselm.data.instructions import Instruction
 from terselm.data.records import Message, Record, Role, read_records
 

@@ -20,11 +20,10 @@ import torch
 from fakes import bigram_lm, random_lm
 from filelock import FileLock
 
-from terselm.data.collection import memory
+from terselm.data.collection import local
 from terselm.data.collection.collect import CollectSummary, collect
-from terselm.data.collection.ledger import ledger_of
+from terselm.data.collection.ledger import ledger_of, status
 from terselm.data.collection.settings import CollectSettings, LogProbSettings, PromptTemplate
-from terselm.data.collection.status import status
 from terselm.data.generate import Answer, Limits, Query, generate
 from terselm.data.instructions import Instruction
 from terselm.data.logprobs import Given, LogProbFile
@@ -290,7 +289,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_stays_so(tmp_path: Path, monkey
             raise torch.OutOfMemoryError("CUDA out of memory")
         return generate(lm, queries, limits)
 
-    monkeypatch.setattr(memory, "generate", tight)
+    monkeypatch.setattr(local, "generate", tight)
     given = settings(temperatures=[0.0], batch_size=16)
     asked = collect(ASK, tmp_path / "tight.jsonl", given, lm=random_lm())
     monkeypatch.undo()
@@ -305,7 +304,7 @@ def test_memory_for_not_even_one_answer(tmp_path: Path, monkeypatch: pytest.Monk
     def none(lm: CausalLM, queries: Sequence[Query], limits: Limits) -> list[Answer]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(memory, "generate", none)
+    monkeypatch.setattr(local, "generate", none)
     with pytest.raises(TargetLLMError, match="too small for one answer; lower max_new_tokens"):
         collect(ASK[:3], tmp_path / "r.jsonl", settings(), lm=random_lm())
 

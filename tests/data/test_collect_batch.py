@@ -19,10 +19,9 @@ from faulty_server import Reply, Server, completion, error, fate, serving
 from test_collect_remote import command, write
 
 from terselm.data.collection import batch as batches
-from terselm.data.collection.batch_files import split
-from terselm.data.collection.ledger import ledger_of
+from terselm.data.collection.batch import split
+from terselm.data.collection.ledger import ledger_of, status
 from terselm.data.collection.plan import Request, plan_requests
-from terselm.data.collection.status import status
 from terselm.data.records import read_records
 
 

@@ -14,9 +14,8 @@ from fakes import random_lm
 from test_collect import ASK, PLAIN, RUN, answers, settings, slow_settings, undated
 
 from terselm.data.collection.collect import collect
-from terselm.data.collection.ledger import ledger_of
+from terselm.data.collection.ledger import ledger_of, status
 from terselm.data.collection.settings import LogProbSettings
-from terselm.data.collection.status import status
 from terselm.data.logprobs import LogProbFile
 from terselm.errors import ConfigError
 

@@ -19,11 +19,10 @@ from faulty_server import Faults, Reply, Server, answer_to, chat, error, serving
 from test_limits import most_in_a_window
 
 from terselm.data.collection import admission
-from terselm.data.collection.collect import Options, collect
-from terselm.data.collection.ledger import Ledger, ledger_of
-from terselm.data.collection.limits import RollingLimit
-from terselm.data.collection.settings import Api, CollectSettings, LogProbSettings, PromptTemplate
-from terselm.data.collection.status import status
+from terselm.data.collection.admission import RollingLimit
+from terselm.data.collection.collect import collect
+from terselm.data.collection.ledger import Ledger, ledger_of, status
+from terselm.data.collection.settings import Api, CollectSettings, LogProbSettings, Options, PromptTemplate
 from terselm.data.logprobs import Given, LogProbFile
 from terselm.errors import ConfigError, TargetLLMError
 

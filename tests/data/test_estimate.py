@@ -12,11 +12,10 @@ import pytest
 from endpoints import KEY, gather, instructions, settings
 from faulty_server import Server, serving
 
-from terselm.data.collection.collect import Options, collect
+from terselm.data.collection.collect import collect
 from terselm.data.collection.estimate import estimate
-from terselm.data.collection.ledger import ledger_of
-from terselm.data.collection.settings import CollectSettings, PromptTemplate
-from terselm.data.collection.status import status
+from terselm.data.collection.ledger import ledger_of, status
+from terselm.data.collection.settings import CollectSettings, Options, PromptTemplate
 from terselm.data.instructions import read_instructions
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample" / "instructions.jsonl"

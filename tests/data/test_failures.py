@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from terselm.data.collection.failures import Reason, Then, masked, of_status
-from terselm.data.collection.money import read_price
-from terselm.data.collection.sizes import PromptSizes
+from terselm.data.collection.admission import PromptSizes
+from terselm.data.collection.endpoint import FailureCause, Then, masked, of_status
+from terselm.data.collection.settings import read_price
 from terselm.data.schema import Message, Role
 from terselm.errors import ConfigError
 
@@ -51,7 +51,7 @@ from terselm.errors import ConfigError
 )
 def test_what_a_status_means(status: int, body: Any, reason: str, then: str, overload: bool) -> None:
     failure = of_status(status, body, {})
-    assert (failure.reason, failure.then, failure.overload) == (Reason(reason), Then(then), overload)
+    assert (failure.cause, failure.then, failure.overload) == (FailureCause(reason), Then(then), overload)
     assert failure.message.startswith(f"HTTP {status}")
     assert not failure.charged
 

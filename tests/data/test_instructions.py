@@ -10,7 +10,7 @@ import pytest
 from fakes import random_lm
 
 from terselm.config import load_config
-from terselm.data.collection.plan import plan_requests, render
+from terselm.data.collection.plan import plan_requests, prompt_text
 from terselm.data.collection.settings import CollectSettings, PromptTemplate
 from terselm.data.instructions import Instruction, read_instructions
 from terselm.data.schema import Message, Role
@@ -94,18 +94,18 @@ def test_the_template_of_the_category_else_the_default_else_the_chat_template() 
     asks = [instruction("One.", category=name) for name in ("x", "y", None)]
     requests = plan_requests(asks, settings)
     tokenizer = random_lm().tokenizer
-    assert [render(request, tokenizer) for request in requests] == ["X One. {x}", "D One.", "D One."]
+    assert [prompt_text(request, tokenizer) for request in requests] == ["X One. {x}", "D One.", "D One."]
     assert requests[1].parameters["prompt_template"] == "D {prompt}"
     assert requests[1].parameters["stop"] == ["!"]
     two = plan_requests([instruction("Be brief.", "Add {prompt}.", first=Role.SYSTEM)], settings)[0]
-    assert render(two, tokenizer) == "D Be brief.\n\nAdd {prompt}."
+    assert prompt_text(two, tokenizer) == "D Be brief.\n\nAdd {prompt}."
 
     (chat,) = plan_requests(asks[:1], CollectSettings(endpoint="local:m"))
     with pytest.raises(ConfigError, match=r"the model has no chat template; give one under templates\.default"):
-        render(chat, tokenizer)
+        prompt_text(chat, tokenizer)
     tokenizer.chat_template = "{{ bos_token }}" + CHAT
     try:
-        assert render(chat, tokenizer) == "user: One.\nassistant:"  # the start token comes with encoding
+        assert prompt_text(chat, tokenizer) == "user: One.\nassistant:"  # the start token comes with encoding
     finally:
         tokenizer.chat_template = None
     assert chat.parameters["prompt_template"] == "chat"
@@ -118,7 +118,7 @@ def test_a_plain_template_holds_no_turns_of_the_assistant() -> None:
     )
     settings = CollectSettings(endpoint="local:m", templates={"default": PromptTemplate(text="{prompt}")})
     with pytest.raises(DataFormatError, match="instruction talk: a plain template cannot hold a turn of the assistant"):
-        render(plan_requests([talk], settings)[0], None)
+        prompt_text(plan_requests([talk], settings)[0], None)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from terselm.data.collection.limits import AdaptiveConcurrency, RollingLimit
+from terselm.data.collection.admission import AdaptiveConcurrency, RollingLimit
 from terselm.errors import ConfigError
 
 

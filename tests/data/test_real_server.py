@@ -15,9 +15,9 @@ from urllib.request import urlopen
 import pytest
 from endpoints import gather, settings
 
-from terselm.data.collection.collect import Options, collect
-from terselm.data.collection.ledger import ledger_of
-from terselm.data.collection.status import status
+from terselm.data.collection.collect import collect
+from terselm.data.collection.ledger import ledger_of, status
+from terselm.data.collection.settings import Options
 from terselm.data.instructions import read_instructions
 from terselm.models.convert import convert_alias
 

@@ -19,9 +19,8 @@ from hypothesis import settings as trials
 from hypothesis import strategies as st
 
 from terselm.data.collection.score_only import score_only
-from terselm.data.collection.scores import pack, unpack
+from terselm.data.collection.scores import echoed_scores, pack, spans, unpack, vllm_scores
 from terselm.data.collection.settings import CollectSettings, LogProbSettings, PromptScores
-from terselm.data.collection.token_scores import echoed_scores, spans, vllm_scores
 from terselm.data.logprobs import LogProbFile, ScoredText
 from terselm.data.schema import PlainText
 from terselm.data.score import score_texts
