@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from terselm.compress.counter import Count, TokenizerCounter, resolve_counter
-from terselm.data.collection.collect import Options, ask, open_ledger, register
+from terselm.data.collection.collect import ask, open_run
 from terselm.data.collection.plan import plan_requests
-from terselm.data.collection.settings import Api, CollectSettings, LimitSettings, PromptTemplate
+from terselm.data.collection.settings import Api, CollectSettings, LimitSettings, Options, PromptTemplate
 from terselm.data.instructions import Instruction
 from terselm.data.schema import Message, Role
 from terselm.errors import ConfigError, ContextLengthError, TargetLLMError
@@ -147,8 +147,7 @@ class EndpointTarget:
         options = Options(
             key_file=self._settings.key_file, prices=self._settings.prices, max_cost=self._settings.max_cost
         )
-        with open_ledger(self._records) as ledger:
-            register(ledger, requests, self._records)
+        with open_run(self._records, requests) as ledger:
             stopped = ask(ledger, requests, settings, options)
             if stopped:
                 raise TargetLLMError(f"{settings.target} has not answered all prompts: {stopped}; run again to go on")

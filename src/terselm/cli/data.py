@@ -79,7 +79,7 @@ def collect(
         return _estimate(instructions, out, settings, options, pilot)
     from terselm.data.collection.collect import collect as run
 
-    _print(asdict(run(_load(instructions), out, settings, options)))
+    return _print(asdict(run(_load(instructions), out, settings, options)))
 
 
 @_collection.command("status")
