@@ -114,9 +114,7 @@ class _Keys:
                 self._collect(cast("type[Any]", hints[field.name]), f"{prefix}{field.name}.")
 
 
-def _known(
-    schema: type[Any], values: dict[Any, Any], keys: _Keys, faults: list[str], *, prefix: str
-) -> dict[str, Any]:
+def _known(schema: type[Any], values: dict[Any, Any], keys: _Keys, faults: list[str], *, prefix: str) -> dict[str, Any]:
     """The values whose keys the schema knows; of the others a fault is noted."""
     hints = get_type_hints(schema)
     names = [field.name for field in fields(schema)]
@@ -178,7 +176,7 @@ def _made(node: Any, faults: list[str]) -> Any:
         try:
             values[key] = _made(node[key], faults)
         except OmegaConfBaseException as error:  # such as an interpolation of a key that is not there
-            faults.append(f"{getattr(error, 'full_key', None) or key}: {_one_line(error)}")
+            faults.append(f"{getattr(error, 'full_key', None) or str(key)}: {_one_line(error)}")
     kind = OmegaConf.get_type(node)
     if kind is None or not is_dataclass(kind) or len(values) < len(node):
         return values

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from terselm.data.instructions import Instruction, load_instructions, load_texts, read_instructions, without_near_duplicates, without_overlap, write_instructions
+from terselm.data.instructions import (
+    Instruction,
+    load_instructions,
+    load_texts,
+    read_instructions,
+    without_near_duplicates,
+    without_overlap,
+    write_instructions,
+)
 from terselm.data.rows import read_rows
 from terselm.data.schema import Message, Role
 from terselm.errors import ConfigError, DataFormatError
@@ -93,7 +101,10 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("the hub is away")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(ConfigError, match=r"data set 'owner/name' cannot be loaded \(the hub is away\); check the name, or give a local file"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data set 'owner/name' cannot be loaded \(the hub is away\); check the name, or give a local file",
+    ):
         prompts("hub:owner/name:small#train")
     assert asked == [("owner/name", "small")]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from terselm.cli.app import app, need, quieten_transformers
+from terselm.cli import app, need, quieten_transformers
 from terselm.errors import ConfigError
 
 if TYPE_CHECKING:
