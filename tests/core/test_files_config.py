@@ -161,9 +161,14 @@ def test_a_file_of_bytes_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "out.bin"
     with atomic_file(path, binary=True) as file:
         file.write(b"old")
-    with pytest.raises(KeyError), atomic_file(path, binary=True) as file:
-        file.write(b"new")
-        raise KeyError
+
+    def fail() -> None:
+        with atomic_file(path, binary=True) as file:
+            file.write(b"new")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert path.read_bytes() == b"old"
     assert list(path.parent.iterdir()) == [path]
 

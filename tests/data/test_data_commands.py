@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from terselm.cli import app
-from terselm.data.records import read_records
 from terselm.data.instructions import load_instructions
+from terselm.data.records import read_records
 from terselm.errors import TerseLMError
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
