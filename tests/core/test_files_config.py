@@ -162,13 +162,13 @@ def test_a_file_of_bytes_is_replaced_whole(tmp_path: Path) -> None:
     with atomic_file(path, binary=True) as file:
         file.write(b"old")
 
-    def fail_half_way() -> None:
+    def fail() -> None:
         with atomic_file(path, binary=True) as file:
             file.write(b"new")
             raise KeyError
 
     with pytest.raises(KeyError):
-        fail_half_way()
+        fail()
     assert path.read_bytes() == b"old"
     assert list(path.parent.iterdir()) == [path]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from terselm.cli.app import app
+from terselm.cli import app, quieten_transformers
 from terselm.errors import ConfigError, DataFormatError, PromptError
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def compress(
     settings = load_config(CompressionSettings, config)
     from terselm.compress.compressor import PromptCompressor
 
+    quieten_transformers()
     compressor = PromptCompressor.from_pretrained(model, device=device, dtype=dtype, settings=settings)
     result = compressor.compress_batch([asked], lengths=[length], keep=protected, counter=counter)[0]
     print(json.dumps(result.to_dict(tokens=tokens), ensure_ascii=False, indent=2) if as_json else result.text)
@@ -119,6 +120,7 @@ def compress_file(
     )
 
     def load() -> PromptCompressor:
+        quieten_transformers()
         share_out_cores()
         own = current_process().claim_device(device)
         return PromptCompressor.from_pretrained(model, device=own, dtype=dtype, settings=settings.compression)

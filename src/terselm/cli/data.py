@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from terselm.cli.app import app, need, quieten_transformers
+from terselm.cli import app, quieten_transformers
 from terselm.errors import ConfigError
+from terselm.extras import need
 
 if TYPE_CHECKING:
     from terselm.data.collection.settings import CollectSettings, Options
@@ -168,7 +169,7 @@ def _settings(config: Path | None, named: dict[str, str | None], overrides: list
     if settings.is_local:
         quieten_transformers()
     else:
-        need("collect", "openai")
+        need("openai", "collect")
     return settings
 
 

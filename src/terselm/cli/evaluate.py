@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from terselm.cli.app import app, quieten_transformers
+from terselm.cli import app, quieten_transformers
 from terselm.extras import need
 
 _log = logging.getLogger(__name__)

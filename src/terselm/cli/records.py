@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from terselm.cli.app import app
+from terselm.cli import app
 from terselm.errors import ConfigError
 
 _data = typer.Typer(help="Look at, check and convert files of records and instructions.", no_args_is_help=True)

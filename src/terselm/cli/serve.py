@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from terselm.cli.app import app, need
+from terselm.cli import app, quieten_transformers
+from terselm.extras import need
 
 
 @app.command()
@@ -23,8 +24,8 @@ def serve(
     batch_size: Annotated[int, typer.Option(min=1, help="Requests compressed together.")] = 64,
 ) -> None:
     """Answer POST /compress; see /docs there."""
-    need("serve", "fastapi")
-    need("serve", "uvicorn")
+    need("fastapi", "serve")
+    need("uvicorn", "serve")
     import uvicorn
 
     from terselm.compress.compressor import PromptCompressor
@@ -33,6 +34,7 @@ def serve(
     from terselm.config import load_config
 
     settings = load_config(CompressionSettings, config)
+    quieten_transformers()
     compressor = PromptCompressor.from_pretrained(model, device=device, dtype=dtype, settings=settings)
     compressor.warm_up()
     uvicorn.run(make_app(compressor, most=batch_size), host=host, port=port, log_level="info")

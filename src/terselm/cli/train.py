@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from terselm.cli.app import app, need, quieten_transformers
+from terselm.cli import app, quieten_transformers
 from terselm.errors import ConfigError
+from terselm.extras import need
 from terselm.train.align import align
 
 app.command()(align)  # the very command of train/align.py
@@ -30,7 +31,7 @@ def publish(
 
     On the hub: one commit and one tag; the token comes from HF_TOKEN.
     """
-    need("train", "peft")
+    need("peft", "train")
     from terselm.train.publish import HUB_PREFIX, Form, HubPlace, publish_to_hub
     from terselm.train.publish import publish as publish_run
     from terselm.train.settings import Precision
@@ -68,7 +69,7 @@ def report(
     dtype: Annotated[str, typer.Option(help="Number format of the models: float32, bfloat16 or float16.")] = "float32",
 ) -> None:
     """Say how much more alike a small LM and its target have become; writes report.json and report.png."""
-    need("train", "peft")
+    need("peft", "train")
     from terselm.train.report.measures import summary
     from terselm.train.report.report import Measurement, write_alignment_report
 
