@@ -68,8 +68,12 @@ def test_what_other_settings_used_says_nothing(tmp_path: Path, endpoint: str) ->
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_within_a_tenth_of_what_a_real_model_used(tmp_path: Path) -> None:
-    """SmolLM2 in this process, from a pilot of two in five."""
+def test_what_a_real_model_used_is_within_the_interval(tmp_path: Path) -> None:
+    """SmolLM2 in this process, from a pilot of two in five.
+
+    How long its answers are hangs on the rounding of the processor (an answer that stops early on one runs on to the
+    limit on another), so completions are held to the estimate's own interval, which is for chance; prompts are exact.
+    """
     ask = [one for one in read_instructions(SAMPLE) if one.category not in ("long_context", "few_shot")][::3][:60]
     template = PromptTemplate(text="Question: {prompt}\nAnswer:", stop=["\nQuestion"])
     given: dict[str, Any] = {"temperatures": [0.0], "max_new_tokens": 24, "dtype": "bfloat16"}
@@ -84,8 +88,11 @@ def test_within_a_tenth_of_what_a_real_model_used(tmp_path: Path) -> None:
         used = after[name] - before[name]
         assert guess.expected is not None
         print(f"{name}: expected {guess.expected:,.0f}, used {used:,} ({guess.expected / used - 1:+.1%})")
-        assert guess.expected == pytest.approx(used, rel=0.1)
+        assert guess.low is not None
+        assert guess.high is not None
+        assert guess.low <= used <= guess.high
         assert used <= guess.at_most
+    assert found.prompt_tokens.low == found.prompt_tokens.high
 
 
 def test_the_command_prints_it(tmp_path: Path, endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,6 +103,16 @@ def test_the_command_prints_it(tmp_path: Path, endpoint: str, capsys: pytest.Cap
     ask = tmp_path / "ask.jsonl"
     ask.write_text("".join(json.dumps({"prompt": f"Number {n}?"}) + "\n" for n in range(30)))
     given = ["--instructions", str(ask), "--out", str(tmp_path / "r.jsonl"), "--endpoint", endpoint, "--model", "m"]
-    done = CliRunner().invoke(app, ["collect", *given, "--estimate", "--pilot", "10"])
+    done = CliRunner().invoke(app, ["collection", "estimate", *given, "--pilot", "10"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["requests"] == 20
+    assert not done.stderr
+    old = CliRunner().invoke(app, ["collect", *given, "--estimate"])  # a flag of earlier versions
+    assert json.loads(old.stdout) == json.loads(done.stdout)
+    (line,) = old.stderr.splitlines()
+    assert line.startswith("terselm collect --estimate is now terselm collection estimate")
+    shown = [["collection", "status", "--out", given[3]], ["collect", "--out", given[3], "--status"]]
+    new, old = (CliRunner().invoke(app, command) for command in shown)
+    assert json.loads(new.stdout)["requests"]["done"] == 10
+    assert (new.stdout, new.stderr) == (old.stdout, "")
+    assert old.stderr.startswith("terselm collect --status is now terselm collection status")
