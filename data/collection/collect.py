@@ -187,9 +187,9 @@ def _ask_remote(
     options: Options,
     progress: CollectionProgress,
 ) -> str | None:
-    from terselm.data.collection.remote import AnswerTask, ask_all, remote_of
+    from terselm.data.collection.remote import AnswerTask, Remote, ask_all
 
-    remote = remote_of(settings, options)
+    remote = Remote(settings, options)
     if not pending:
         return None
     if options.batch:

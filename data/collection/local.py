@@ -113,7 +113,7 @@ class _BatchSize:
             return min(self._most, _ON_A_CPU)
         logits = 4 * model.config.get_text_config().vocab_size
         row = _CACHE_COPIES * kv_bytes(model, model.dtype) * tokens + _LOGIT_COPIES * logits
-        return max(1, min(self._most, int(_SHARE * free_bytes(model.device)) // row))
+        return max(1, min(self._most, int(_SHARE * free_bytes(model.device) // row)))
 
     def generate(self, queries: Sequence[Query], limits: Limits) -> list[Answer]:
         """As `generate`, in halves where the memory is too small for all.

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from terselm.data.collection.admission import Admission, PromptSizes, SpendingLimit, SpentError, StoppedError
 from terselm.data.collection.endpoint import (
@@ -15,7 +15,6 @@ from terselm.data.collection.endpoint import (
     Client,
     Failure,
     FailureCause,
-    Key,
     Then,
     no_answer,
     pause_after,
@@ -33,69 +32,31 @@ _DEAD = 20
 """Requests given up in a row after which the endpoint is taken for dead; those that were not sent stay waiting."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Remote:
-    """An endpoint, and what asking it may cost."""
-
-    settings: CollectSettings
-    key: Key
-    price: Price
-    max_cost: float | None
-    max_requests: int | None
-
-    def spending(self, ledger: Ledger) -> SpendingLimit:
-        """What may still be spent."""
-        return SpendingLimit(self.max_cost, self.max_requests, ledger)
-
-
-def remote_of(settings: CollectSettings, options: Options) -> Remote:
-    """The endpoint, its key and its prices.
+    """An endpoint, its key, and what asking it may cost.
 
     Raises:
         ConfigError: the key or the price table cannot be read.
     """
-    return Remote(
-        settings=settings,
-        key=read_key(settings, options.key_file),
-        price=read_price(options.prices, settings.target),
-        max_cost=options.max_cost,
-        max_requests=options.max_requests,
-    )
 
+    def __init__(self, settings: CollectSettings, options: Options) -> None:
+        self.settings, self._options = settings, options
+        self.key = read_key(settings, options.key_file)
+        self.price = read_price(options.prices, settings.target)
 
-class Task(Protocol):
-    """One thing to ask, whose row in the ledger has the name ``id``."""
-
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def plain(self) -> bool:
-        """Through ``/completions``."""
-        ...
-
-    @property
-    def messages(self) -> Sequence[Message]:
-        """The prompt."""
-        ...
-
-    @property
-    def most_tokens(self) -> int:
-        """Of the completion."""
-        ...
-
-    def body(self) -> dict[str, Any]:
-        """What is sent."""
-        ...
-
-    def outcome(self, intent: Intent, raw: bytes, price: Price) -> Outcome:
-        """What a response means; ValueError where it cannot be read."""
-        ...
+    def spending(self, ledger: Ledger) -> SpendingLimit:
+        """What may still be spent."""
+        return SpendingLimit(self._options.max_cost, self._options.max_requests, ledger)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerTask:
-    """An answer to a request."""
+    """An answer to a request, whose row in the ledger has the name ``id``.
+
+    Attributes:
+        plain: through ``/completions``.
+        most_tokens: of the completion.
+    """
 
     request: Request
     settings: CollectSettings
@@ -125,7 +86,7 @@ class AnswerTask:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreTask:
-    """The log-probabilities of a text."""
+    """The log-probabilities of a text; see `AnswerTask`."""
 
     id: str
     text: PlainText
@@ -146,6 +107,9 @@ class ScoreTask:
 
     def outcome(self, intent: Intent, raw: bytes, price: Price) -> Outcome:
         return scored(self.text, self.settings.logprobs, intent, raw, price)
+
+
+Task = AnswerTask | ScoreTask
 
 
 def intent_of(task: Task, number: int, sizes: PromptSizes, price: Price) -> Intent:

@@ -92,12 +92,12 @@ def _score_locally(ledger: Ledger, texts: Sequence[tuple[str, PlainText]], setti
 def _ask(
     ledger: Ledger, texts: Sequence[tuple[str, PlainText]], settings: CollectSettings, options: Options
 ) -> str | None:
-    from terselm.data.collection.remote import ScoreTask, ask_all, remote_of
+    from terselm.data.collection.remote import Remote, ScoreTask, ask_all
 
     states = ledger.states()
     tasks = [ScoreTask(id=key, text=text, settings=settings) for key, text in texts if states[key] is State.WAITING]
     with CollectionProgress(len(tasks), f"Scoring with {settings.target}", "text") as progress:
-        return ask_all(remote_of(settings, options), ledger, tasks, progress)
+        return ask_all(Remote(settings, options), ledger, tasks, progress)
 
 
 def _failed(ledger: Ledger, texts: dict[str, PlainText]) -> dict[str, str]:

@@ -24,8 +24,9 @@ SCORING = RUN.replace("slow_settings", "scoring_settings").replace("test_collect
 
 
 def scoring_settings(model: str) -> Any:
+    """Each answer alone: one process has other batches than three, whose sums may be rounded otherwise."""
     return settings(
-        endpoint=f"local:{model}", batch_size=4, max_new_tokens=12, logprobs=LogProbSettings(keep=True), templates=PLAIN
+        endpoint=f"local:{model}", batch_size=1, max_new_tokens=12, logprobs=LogProbSettings(keep=True), templates=PLAIN
     )
 
 

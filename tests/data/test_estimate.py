@@ -103,6 +103,16 @@ def test_the_command_prints_it(tmp_path: Path, endpoint: str, capsys: pytest.Cap
     ask = tmp_path / "ask.jsonl"
     ask.write_text("".join(json.dumps({"prompt": f"Number {n}?"}) + "\n" for n in range(30)))
     given = ["--instructions", str(ask), "--out", str(tmp_path / "r.jsonl"), "--endpoint", endpoint, "--model", "m"]
-    done = CliRunner().invoke(app, ["collect", *given, "--estimate", "--pilot", "10"])
+    done = CliRunner().invoke(app, ["collection", "estimate", *given, "--pilot", "10"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["requests"] == 20
+    assert not done.stderr
+    old = CliRunner().invoke(app, ["collect", *given, "--estimate"])  # a flag of earlier versions
+    assert json.loads(old.stdout) == json.loads(done.stdout)
+    (line,) = old.stderr.splitlines()
+    assert line.startswith("terselm collect --estimate is now terselm collection estimate")
+    shown = [["collection", "status", "--out", given[3]], ["collect", "--out", given[3], "--status"]]
+    new, old = (CliRunner().invoke(app, command) for command in shown)
+    assert json.loads(new.stdout)["requests"]["done"] == 10
+    assert (new.stdout, new.stderr) == (old.stdout, "")
+    assert old.stderr.startswith("terselm collect --status is now terselm collection status")

@@ -60,7 +60,8 @@ def collect(
 
     if status:
         _moved("--status", "status")
-        return _status(out)
+        _status(out)
+        return
     settings = _settings(config, {"endpoint": endpoint, "model": model}, overrides or [])
     if pilot and not estimate:
         raise ConfigError("--pilot is for terselm collection estimate; leave it out, or run that")
@@ -74,10 +75,12 @@ def collect(
     )
     if score_only:
         _moved("--score-only", "score")
-        return _score(instructions, out, settings, options)
+        _score(instructions, out, settings, options)
+        return
     if estimate:
         _moved("--estimate", "estimate")
-        return _estimate(instructions, out, settings, options, pilot)
+        _estimate(instructions, out, settings, options, pilot)
+        return
     from terselm.data.collection.collect import collect as run
 
     return _print(asdict(run(_load(instructions), out, settings, options)))
