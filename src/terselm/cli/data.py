@@ -61,7 +61,7 @@ def collect(
     if status:
         _moved("--status", "status")
         _status(out)
-        return
+        return None
     settings = _settings(config, {"endpoint": endpoint, "model": model}, overrides or [])
     if pilot and not estimate:
         raise ConfigError("--pilot is for terselm collection estimate; leave it out, or run that")
@@ -76,11 +76,11 @@ def collect(
     if score_only:
         _moved("--score-only", "score")
         _score(instructions, out, settings, options)
-        return
+        return None
     if estimate:
         _moved("--estimate", "estimate")
         _estimate(instructions, out, settings, options, pilot)
-        return
+        return None
     from terselm.data.collection.collect import collect as run
 
     return _print(asdict(run(_load(instructions), out, settings, options)))
