@@ -101,15 +101,14 @@ class PromptCompressor:
         """
         from terselm.compress.messages import compress_chat
 
-        length = Length(budget=wishes.pop("budget", None), rate=wishes.pop("rate", None))
-        if (counter := resolve_counter(wishes.get("counter"))) is not None:
-            wishes["counter"] = counter
+        length = Length(budget=wishes.get("budget"), rate=wishes.get("rate"))
+        keep, counter = wishes.get("keep", ()), resolve_counter(wishes.get("counter"))
         return compress_chat(
             messages,
             length,
             count=counter or self._pipeline.count,
-            compress=lambda prompt, budget: self.compress_batch([prompt], budget=budget, **wishes)[0],
-            layout_of=lambda prompt: self._pipeline.layouts.make([prompt], compile_keep(wishes.get("keep", ())))[0],
+            compress=lambda prompt, budget: self.compress_batch([prompt], budget=budget, keep=keep, counter=counter)[0],
+            layout_of=lambda prompt: self._pipeline.layouts.make([prompt], compile_keep(keep))[0],
         )
 
     def compress_batch(

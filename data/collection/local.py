@@ -111,7 +111,7 @@ class _BatchSize:
             return self._most
         if model.device.type != "cuda":
             return min(self._most, _ON_A_CPU)
-        logits = 4 * model.config.get_text_config().vocab_size
+        logits = 4 * int(model.config.get_text_config().vocab_size)
         row = _CACHE_COPIES * kv_bytes(model, model.dtype) * tokens + _LOGIT_COPIES * logits
         return max(1, min(self._most, int(_SHARE * free_bytes(model.device) // row)))
 

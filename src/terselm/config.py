@@ -176,7 +176,7 @@ def _made(node: Any, faults: list[str]) -> Any:
         try:
             values[key] = _made(node[key], faults)
         except OmegaConfBaseException as error:  # such as an interpolation of a key that is not there
-            faults.append(f"{getattr(error, 'full_key', None) or str(key)}: {_one_line(error)}")
+            faults.append(f"{getattr(error, 'full_key', None) or f'{key!s}'}: {_one_line(error)}")
     kind = OmegaConf.get_type(node)
     if kind is None or not is_dataclass(kind) or len(values) < len(node):
         return values
