@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from terselm.moved import install as _find_old_paths
+
 if TYPE_CHECKING:
     from terselm.compress.compressor import PromptCompressor
     from terselm.compress.messages import ChatResult
@@ -38,6 +40,9 @@ _HOME = {
     "TerseLMError": "terselm.errors",
     "TokenDecision": "terselm.compress.result",
 }
+
+
+_find_old_paths()
 
 
 def __getattr__(name: str) -> Any:

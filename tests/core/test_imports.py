@@ -25,6 +25,7 @@ RANK = {
     "terselm.extras": 1,
     "terselm.progress": 1,
     "terselm.statistics": 1,
+    "terselm.moved": 1,
     "terselm.models": 2,
     "terselm.data": 3,
     "terselm.compress": 4,
