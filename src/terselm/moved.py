@@ -19,7 +19,8 @@ _EVALUATION = {
     "bbh": "evaluate.suites", "documents": "evaluate.suites",
     **{
         name: f"evaluate.{name}"
-        for name in ["answers", "baselines", "figures", "items", "opening", "peer", "report", "settings", "suites", "targets", "tune"]
+        for name in ("answers", "baselines", "figures", "items", "opening", "peer", "report", "settings", "suites",
+                     "targets", "tune")
     },
 }  # fmt: skip
 
@@ -27,7 +28,8 @@ MOVED: dict[str, str] = {
     "compress.anchor": "compress.budget", "compress.cache": "compress.engine.surprisal",
     "compress.counter": "compress.length", "compress.evaluation": "evaluate",
     "compress.forward": "compress.engine.surprisal", "compress.graphs": "compress.engine.graphs",
-    "compress.intervals": "statistics", "compress.protect": "compress.prompt", "compress.reader": "compress.engine.reader",
+    "compress.intervals": "statistics", "compress.protect": "compress.prompt",
+    "compress.reader": "compress.engine.reader",
     "compress.stages": "compress.pipeline", "compress.surprisal": "compress.engine.surprisal",
     "compress.target": "compress.length", "compress.units": "compress.layout", "compress.words": "statistics",
     "compress.bulk.parquet": "compress.bulk.files", "compress.bulk.settings": "compress.bulk",
@@ -56,7 +58,10 @@ MOVED: dict[str, str] = {
     "train.varlen": "train.attention", "train.report.metrics": "train.report.measures",
     "train.report.page": "train.report.report", "train.report.reading": "train.report.report",
     "train.report.text": "train.report.measures",
-    **{f"train.objectives.{name}": "train.objectives" for name in ["base", "divergence", "matching", "mixture", "nll", "ranking", "words"]},
+    **{
+        f"train.objectives.{name}": "train.objectives"
+        for name in ("base", "divergence", "matching", "mixture", "nll", "ranking", "words")
+    },
     **{f"compress.evaluation.{name}": home for name, home in _EVALUATION.items()},
 }  # fmt: skip
 """An old module, and the modules that hold its contents now; all below ``terselm``."""

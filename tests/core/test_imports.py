@@ -185,3 +185,14 @@ def test_every_module_is_in_a_listed_package() -> None:
     lost = [file for root in roots for file in root.rglob("*.py") if file.parent not in listed]
     assert not lost, f"add their packages to pyproject.toml: {lost}"
     assert all((folder / "__init__.py").is_file() for folder in listed)
+
+
+def test_no_two_classes_have_one_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for module, file in modules().items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name.lstrip("_"), []).append(module)
+    shared = {name: where for name, where in homes.items() if len(where) > 1}
+    assert not shared, f"a reader cannot tell these apart: {shared}"
+    assert not [name for name in homes if name.endswith("Config")], "settings are called Settings"
