@@ -157,10 +157,7 @@ def _load_in_4_bits(name: str, device: torch.device, precision: torch.dtype) -> 
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantisation = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=precision,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=precision
     )
     try:
         model = AutoModelForCausalLM.from_pretrained(

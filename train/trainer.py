@@ -77,11 +77,7 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         return list(islice(epoch_iterator, num_batches)), self._counts.units[step].tolist()
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """This pass's share of the step's loss; times the processes, over which DDP takes the mean."""
         surprisals = model(**{name: inputs[name] for name in MODEL_INPUTS})
