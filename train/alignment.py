@@ -60,7 +60,7 @@ def align(settings: AlignSettings, *, resume: bool = True, dry_run: bool = False
     folder = RunFolder(Path(settings.run_dir), key, MODEL if settings.method is TrainingMethod.FULL else ADAPTER)
     finished = folder.is_finished()
     state = join_processes()
-    tell = say if state.is_main_process else _stay_silent
+    tell: Callable[[str], None] = say if state.is_main_process else lambda _: None
     if dry_run:
         tell(str(_estimate(prepare_run(settings, folder, state, sources))))
         return folder
@@ -108,7 +108,14 @@ def _attempt(run: AlignmentRun, data_sha256: str, tell: Callable[[str], None], *
             raise
         _take_smaller_passes(run)
         return False
-    training = _describe_training(run.trainer, resumed=checkpoint is not None)
+    trainer = run.trainer
+    training = {
+        "steps": trainer.state.global_step,
+        "tokens_seen": trainer.state.num_input_tokens_seen,
+        "seconds": trainer.progress.seconds,
+        "tokens_per_second": trainer.progress.tokens_per_second(trainer.state),
+        "resumed": checkpoint is not None,
+    }
     held_out = compare_scores(run.reported, before, run.score(run.reported), settings.seed)
     weights = gather_trained(run.model, keep=run.state.is_main_process)
     if run.state.is_main_process:
@@ -172,10 +179,7 @@ def _estimate(run: AlignmentRun) -> DryRunEstimate:
     """
     if run.is_sharded:
         raise ConfigError("--dry-run cannot try a sharded model; use it with one process or with DDP")
-    for folder in (
-        run.folder.checkpoints,
-        run.folder.path,
-    ):  # which the Trainer makes before there is anything to put in
+    for folder in (run.folder.checkpoints, run.folder.path):  # the Trainer makes them before there is anything in them
         with suppress(OSError):
             folder.rmdir()
     cost = find_fitting(run.trainer, asked=run.rows_per_pass, share=run.share, repeat=True)
@@ -191,16 +195,6 @@ def _estimate(run: AlignmentRun) -> DryRunEstimate:
     )
 
 
-def _describe_training(trainer: AlignmentTrainer, *, resumed: bool) -> dict[str, Any]:
-    return {
-        "steps": trainer.state.global_step,
-        "tokens_seen": trainer.state.num_input_tokens_seen,
-        "seconds": trainer.progress.seconds,
-        "tokens_per_second": trainer.progress.tokens_per_second(trainer.state),
-        "resumed": resumed,
-    }
-
-
 def _conclusion(metrics: dict[str, Any], folder: RunFolder) -> str:
     held_out, training = metrics["held_out"], metrics["training"]
     difference = held_out["difference"]
@@ -211,10 +205,6 @@ def _conclusion(metrics: dict[str, Any], folder: RunFolder) -> str:
         f"{training['tokens_seen']:,} tokens at {training['tokens_per_second']:,.0f} tokens/s, "
         f"{metrics['seconds']:.0f} s in all; result in {folder.result}"
     )
-
-
-def _stay_silent(_: str) -> None:
-    """What the other processes have to say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,9 +279,12 @@ class AlignmentRun:
 
     def circumstances(self, data_sha256: str) -> dict[str, Any]:
         """What the result came from, and the loss by step."""
-        history = self.trainer.state.log_history
+        history, mixture = self.trainer.state.log_history, self.settings.data.mixture
+        sources: dict[str, Any] = {"records": " + ".join(mixture) or self.settings.data.records}
+        if mixture:
+            sources["mixture"] = mixture
         return {
-            "data": {**self._sources(), "sha256": data_sha256, **self.texts.describe()},
+            "data": {**sources, "sha256": data_sha256, **self.texts.describe()},
             "base": self.base,
             "compute": {**self.compute, "rows_per_pass": self.rows_per_pass},
             "versions": describe_versions(),
@@ -300,14 +293,6 @@ class AlignmentRun:
             "loss_history": [entry for entry in history if "loss" in entry],
             "choice_history": [entry for entry in history if MEASURE in entry],
         }
-
-    def _sources(self) -> dict[str, Any]:
-        data = self.settings.data
-        return (
-            {"records": " + ".join(data.mixture), "mixture": data.mixture}
-            if data.mixture
-            else {"records": data.records}
-        )
 
     def introduction(self) -> str:
         data, compute = self.texts.describe(), self.compute
@@ -347,9 +332,7 @@ def prepare_run(
     arguments = training_arguments(settings, folder, rows=len(schedule), processes=state.num_processes)
     give_surprisals(lm.model, autocast=None if precision == torch.float32 else precision)
     base = {"name": settings.model, "dtype": dtype}
-    if (
-        settings.method is not TrainingMethod.QLORA
-    ):  # rounded weights tell nothing of those that an adapter is merged into
+    if settings.method is not TrainingMethod.QLORA:  # rounded weights tell nothing of those that are merged into
         base["weights_sha256"] = weights_sha256(lm.model, precision)
     set_seed(settings.seed)  # the adapter's first values
     model = make_trainable(lm.model, settings)
@@ -361,9 +344,7 @@ def prepare_run(
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "steps": arguments.max_steps,
     }
-    choosing, reported = None, texts.held_out
-    if settings.evaluation.every:
-        choosing, reported = texts.held_out.halves(settings.seed)
+    choosing, reported = texts.held_out.halves(settings.seed) if settings.evaluation.every else (None, texts.held_out)
     return AlignmentRun(
         settings=settings,
         folder=folder,

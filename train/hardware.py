@@ -108,7 +108,8 @@ def apply_engine(lm: Any, settings: EngineSettings) -> None:
         return
     if (missing := _missing_to_compile(lm.device)) is not None:
         raise ConfigError(f"engine.compile needs {missing}; set engine.compile=false")
-    for layer in decoder_layers(lm):
+    layers = getattr(lm.base_model, "layers", None)
+    for layer in layers if isinstance(layers, torch.nn.ModuleList) else []:
         layer.compile()
 
 
@@ -138,12 +139,6 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in _DENSE_BF16.items() if part in name), None)
-
-
-def decoder_layers(lm: Any) -> list[Any]:
-    """The repeated layers of a transformers causal LM."""
-    layers = getattr(lm.base_model, "layers", None)
-    return list(layers) if isinstance(layers, torch.nn.ModuleList) else []
 
 
 def _multiplies_bf16_fast(device: torch.device) -> bool:
