@@ -106,8 +106,15 @@ def apply_engine(lm: Any, settings: EngineSettings) -> None:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not settings.compile:
         return
-    if (missing := _missing_to_compile(lm.device)) is not None:
-        raise ConfigError(f"engine.compile needs {missing}; set engine.compile=false")
+    from torch.utils._triton import has_triton
+
+    for is_there, needed in (
+        (lm.device.type == "cuda", f"a GPU of NVIDIA or AMD, but the device is {lm.device.type}"),
+        (has_triton(), "Triton"),
+        (any(map(shutil.which, ("cc", "gcc", "clang"))), "a C compiler"),
+    ):
+        if not is_there:
+            raise ConfigError(f"engine.compile needs {needed}; set engine.compile=false")
     layers = getattr(lm.base_model, "layers", None)
     for layer in layers if isinstance(layers, torch.nn.ModuleList) else []:
         layer.compile()
@@ -153,15 +160,3 @@ def cpu_capabilities() -> Mapping[str, Any]:
     """What torch knows of the processor."""
     query = getattr(torch.cpu, "get_capabilities", None)  # not in the oldest torch that we support
     return query() if query is not None else {}
-
-
-def _missing_to_compile(device: torch.device) -> str | None:
-    from torch.utils._triton import has_triton
-
-    if device.type != "cuda":
-        return f"a GPU of NVIDIA or AMD, but the device is {device.type}"
-    if not has_triton():
-        return "Triton"
-    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
-        return "a C compiler"
-    return None

@@ -76,12 +76,6 @@ def git_commit() -> str | None:
     return f"{commit}-dirty" if _git(source.parent, "status", "--porcelain", "--untracked-files=no") else commit
 
 
-def base_revision(model: Any) -> str | None:
-    """The hub's commit that a model was loaded from; None for a local one."""
-    commit = getattr(model.config, "_commit_hash", None)
-    return str(commit) if commit else None
-
-
 def describe_hardware() -> dict[str, Any]:
     """The processor, its cores and the GPUs."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
