@@ -96,7 +96,7 @@ class Figuring:
         answered = [one for cell in self._cells.values() for one in cell.values() if one.answer is not None]
         answers = [str(one.answer) for one in answered]
         references = [
-            str((self._items[one.id].answers or [self._cells[FULL, NO_BUDGET][one.id].answer])[0]) for one in answered
+            (self._items[one.id].answers or [str(self._cells[FULL, NO_BUDGET][one.id].answer)])[0] for one in answered
         ]
         values = likeness(answers, references)
         if self._settings.bert_score and answered:

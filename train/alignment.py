@@ -125,9 +125,8 @@ def _attempt(run: AlignmentRun, data_sha256: str, tell: Callable[[str], None], *
         held_out_texts = run.reported.prompt_of, run.reported.raw
         with clear_disk_errors(folder.path, "the result could not be written; the checkpoints are kept"):
             write_held_out_texts(folder.path, *held_out_texts, most=settings.report.texts, seed=settings.seed)
-        folder.finish(
-            metrics, partial(save_trained, run.model, settings=settings, tokenizer=run.tokenizer, weights=weights)
-        )
+        save = partial(save_trained, run.model, settings=settings, tokenizer=run.tokenizer, weights=weights)
+        folder.finish(metrics, save)
         tell(_conclusion(metrics, folder))
     run.trainer.accelerator.end_training()
     return True
@@ -228,6 +227,11 @@ class AlignmentRun:
     base: dict[str, str]
     compute: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        """Let the trainer choose the best weights by the held-out text that was set apart for it."""
+        if (chosen := self.choosing) is not None:
+            self.trainer.choose_by = lambda: chosen.bits_per_byte(self.score(chosen))
+
     @property
     def rows_per_pass(self) -> int:
         return int(self.trainer.args.per_device_train_batch_size)
@@ -268,14 +272,7 @@ class AlignmentRun:
         settings = replace(self.settings, optimisation=replace(self.settings.optimisation, rows_per_pass=rows))
         schedule = self.trainer.train_dataset
         arguments = training_arguments(settings, self.folder, rows=len(schedule), processes=self.state.num_processes)
-        trainer = AlignmentTrainer(self.model, arguments, schedule, self.folder, settings)
-        return replace(self, trainer=trainer).choosing_best()
-
-    def choosing_best(self) -> AlignmentRun:
-        """Let the trainer choose the best weights by the held-out text that was set apart for it."""
-        if (chosen := self.choosing) is not None:
-            self.trainer.choose_by = lambda: chosen.bits_per_byte(self.score(chosen))
-        return self
+        return replace(self, trainer=AlignmentTrainer(self.model, arguments, schedule, self.folder, settings))
 
     def circumstances(self, data_sha256: str) -> dict[str, Any]:
         """What the result came from, and the loss by step."""
@@ -357,4 +354,4 @@ def prepare_run(
         trainer=AlignmentTrainer(model, arguments, schedule, folder, settings),
         base=base,
         compute=compute,
-    ).choosing_best()
+    )

@@ -146,9 +146,8 @@ def tracker_callbacks(choice: Tracker, run: Path) -> list[Any]:
     Raises:
         ConfigError: its package is not installed.
     """
-    tracker = choice
-    if choice is Tracker.AUTO:
-        tracker = Tracker.TENSORBOARD if find_spec("tensorboard") else Tracker.NONE
+    installed = Tracker.TENSORBOARD if find_spec("tensorboard") else Tracker.NONE
+    tracker = installed if choice is Tracker.AUTO else choice
     if tracker is Tracker.NONE:
         return []
     if find_spec(tracker.value) is None:

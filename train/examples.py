@@ -194,11 +194,9 @@ def render_record(record: Record, template: Template) -> RenderedRecord:
     Source: the Alpaca template is ``prompt_no_input`` of github.com/tatsu-lab/stanford_alpaca.
     """
     prompt = SEPARATOR.join(message.content for message in record.messages)
-    match template:
-        case Template.RAW:
-            return RenderedRecord(prompt + SEPARATOR, record.response)
-        case Template.ALPACA:
-            return RenderedRecord(_ALPACA.format(instruction=prompt), record.response)
+    if template is Template.ALPACA:
+        return RenderedRecord(_ALPACA.format(instruction=prompt), record.response)
+    return RenderedRecord(prompt + SEPARATOR, record.response)
 
 
 def _whole_records(records: Sequence[Record], encoding: Encoding) -> Iterator[Example]:

@@ -93,9 +93,7 @@ def guide(record: RenderedRecord, tokens: TokenSpans, opinion: ScoredText | None
     count = len(word_spans(text))
     of_theirs = words_of_tokens(text, theirs)
     nats = np.bincount(of_theirs, weights=-opinion.logprobs.astype(np.float64), minlength=count)
-    known = (
-        np.isfinite(nats) & (np.bincount(of_theirs, minlength=count) > 0) & (np.bincount(words, minlength=count) > 0)
-    )
+    known = np.isfinite(nats) & np.isin(np.arange(count), np.intersect1d(of_theirs, words))
     number = np.full(count, NO_WORD, dtype=np.int32)
     number[known] = np.arange(known.sum())
     guided.words[real] = number[words]

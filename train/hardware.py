@@ -40,13 +40,8 @@ def pick_precision(asked: Precision, device: torch.device) -> torch.dtype:
     """
     if device.type == "cuda" and asked is Precision.BFLOAT16 and not torch.cuda.is_bf16_supported():
         raise ConfigError(f"{torch.cuda.get_device_name(device)} has no bfloat16; set dtype=float32")
-    match asked:
-        case Precision.FLOAT32:
-            return torch.float32
-        case Precision.BFLOAT16:
-            return torch.bfloat16
-        case Precision.AUTO:
-            return torch.bfloat16 if _multiplies_bf16_fast(device) else torch.float32
+    half = asked is Precision.BFLOAT16 or (asked is Precision.AUTO and _multiplies_bf16_fast(device))
+    return torch.bfloat16 if half else torch.float32
 
 
 def share_out_cores() -> None:
@@ -111,7 +106,7 @@ def apply_engine(lm: Any, settings: EngineSettings) -> None:
     for is_there, needed in (
         (lm.device.type == "cuda", f"a GPU of NVIDIA or AMD, but the device is {lm.device.type}"),
         (has_triton(), "Triton"),
-        (any(map(shutil.which, ("cc", "gcc", "clang"))), "a C compiler"),
+        (any(shutil.which(name) for name in ("cc", "gcc", "clang")), "a C compiler"),
     ):
         if not is_there:
             raise ConfigError(f"engine.compile needs {needed}; set engine.compile=false")

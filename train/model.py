@@ -30,12 +30,10 @@ def load_small_lm(settings: AlignSettings, device: torch.device, precision: torc
         ModelError: it cannot be loaded.
         ConfigError: 4 bits where bitsandbytes or a GPU is missing.
     """
-    match settings.method:
-        case TrainingMethod.QLORA:
-            return _load_in_4_bits(settings.model, device, precision)
-        case TrainingMethod.FULL:
-            precision = torch.float32
-    return load_causal_lm(settings.model, device=str(device), dtype=str(precision).removeprefix("torch."))
+    if settings.method is TrainingMethod.QLORA:
+        return _load_in_4_bits(settings.model, device, precision)
+    stored = torch.float32 if settings.method is TrainingMethod.FULL else precision
+    return load_causal_lm(settings.model, device=str(device), dtype=str(stored).removeprefix("torch."))
 
 
 def make_trainable(lm: Any, settings: AlignSettings) -> Any:

@@ -68,14 +68,13 @@ def surprisals(lm: Any, hidden: Tensor, wanted: Tensor, transform: LogitTransfor
     head: Any = lm.get_output_embeddings()
     if not _is_plain(head):
         return _through_the_module(head, hidden, wanted, transform)
-    cap = transform.cap
     if transform.scale != 1:
         hidden = hidden * transform.scale
     if wanted.dim() == 1 and not head.weight.requires_grad:
-        frozen: Tensor = _FrozenHead.apply(hidden, head.weight, wanted, cap)  # type: ignore[no-untyped-call]
+        frozen: Tensor = _FrozenHead.apply(hidden, head.weight, wanted, transform.cap)  # type: ignore[no-untyped-call]
         return frozen
     columns = wanted if wanted.dim() == 2 else wanted[:, None]
-    values: Tensor = _AnyHead.apply(hidden, head.weight, columns, cap)  # type: ignore[no-untyped-call]
+    values: Tensor = _AnyHead.apply(hidden, head.weight, columns, transform.cap)  # type: ignore[no-untyped-call]
     return values.view_as(wanted)
 
 
