@@ -123,12 +123,10 @@ def likeness(answers: Sequence[str], references: Sequence[str]) -> dict[str, lis
     """
     sacrebleu = need("sacrebleu", "evaluate")
     scorer = need("rouge_score.rouge_scorer", "evaluate").RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    rouge = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
+    pairs = list(zip(answers, references, strict=True))
+    rouge = [scorer.score(reference, answer) for answer, reference in pairs]
     return {
-        "bleu": [
-            sacrebleu.sentence_bleu(answer, [reference]).score
-            for answer, reference in zip(answers, references, strict=True)
-        ],
+        "bleu": [sacrebleu.sentence_bleu(answer, [reference]).score for answer, reference in pairs],
         **{name: [100 * score[name].fmeasure for score in rouge] for name in ("rouge1", "rouge2", "rougeL")},
     }
 

@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,12 @@ _FUNCTION_WORD = re.compile(
 
 Cut = Callable[[str], list[tuple[int, int]]]
 """Spans of a text, in its order."""
+
+Span = tuple[int, int, int]
+"""Number of the demonstration, start, end."""
+
+Order = Callable[[Prompt, Sequence[Span], "Tools"], list[int]]
+"""Numbers of the spans: the first to keep comes first."""
 
 SurprisalOf = Callable[[str, Sequence[tuple[int, int]]], list[float]]
 """Mean surprisal of each span of a text, read by itself."""
@@ -74,76 +80,8 @@ class Baseline:
 
     def compress(self, prompts: Sequence[Prompt], budgets: Sequence[int]) -> list[Compressed]:
         """Shorten each prompt to its budget."""
-        return [
-            Compressed(text=full_text(self.shorten(prompt, budget, self.tools)))
-            for prompt, budget in zip(prompts, budgets, strict=True)
-        ]
-
-
-def truncate(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
-    """Keep the end of the demonstrations, next to the question, and drop what stands before."""
-    return _spans_that_fit(prompt, budget, tools, words, lambda n: range(n - 1, -1, -1))
-
-
-def truncate_end(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
-    """Keep the beginning of the demonstrations."""
-    return _spans_that_fit(prompt, budget, tools, words, range)
-
-
-def random_words(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
-    """Keep words of the demonstrations at random."""
-    return _spans_that_fit(prompt, budget, tools, words, lambda n: tools.shuffled(prompt, n))
-
-
-def random_demonstrations(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
-    """Keep whole demonstrations at random."""
-    return _demonstrations_that_fit(prompt, budget, tools, tools.shuffled(prompt, len(prompt.demonstrations)))
-
-
-def last_demonstrations(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
-    """Keep whole demonstrations, the last first."""
-    return _demonstrations_that_fit(prompt, budget, tools, range(len(prompt.demonstrations) - 1, -1, -1))
-
-
-def surprising_demonstrations(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
-    """Keep whole demonstrations, those of the highest perplexity first."""
-    means = [tools.surprisals(text, [(0, len(text))])[0] for text in prompt.demonstrations]
-    return _demonstrations_that_fit(prompt, budget, tools, sorted(range(len(means)), key=lambda i: -means[i]))
-
-
-def similar_demonstrations(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
-    """Keep whole demonstrations, those that share most words with the question first (Jaccard's index)."""
-    asked = _vocabulary(prompt.question)
-
-    def similarity(text: str) -> float:
-        words = _vocabulary(text)
-        return len(words & asked) / max(1, len(words | asked))
-
-    order = sorted(range(len(prompt.demonstrations)), key=lambda i: -similarity(prompt.demonstrations[i]))
-    return _demonstrations_that_fit(prompt, budget, tools, order)
-
-
-def random_sentences(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
-    """Keep sentences of the demonstrations at random.
-
-    Source: the sentence selection of arXiv:2310.05736, §5.1.
-    """
-    return _spans_that_fit(prompt, budget, tools, sentences, lambda n: tools.shuffled(prompt, n))
-
-
-def selective_context(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
-    """Keep the phrases of the demonstrations with the highest self-information.
-
-    A phrase is a run of words up to a punctuation mark or a function word (the original takes spaCy's noun phrases).
-
-    Source: arXiv:2310.06201.
-    """
-    return _most_surprising_spans(prompt, budget, tools, phrases)
-
-
-def selective_sentences(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
-    """Keep the sentences of the demonstrations with the highest self-information (arXiv:2310.06201)."""
-    return _most_surprising_spans(prompt, budget, tools, sentences)
+        pairs = zip(prompts, budgets, strict=True)
+        return [Compressed(text=full_text(self.shorten(prompt, budget, self.tools))) for prompt, budget in pairs]
 
 
 def words(text: str) -> list[tuple[int, int]]:
@@ -175,24 +113,38 @@ def phrases(text: str) -> list[tuple[int, int]]:
     return spans
 
 
-BASELINES: dict[str, Callable[[Prompt, int, Tools], Prompt]] = {
-    "truncate": truncate,
-    "truncate-end": truncate_end,
-    "random-words": random_words,
-    "demonstrations-random": random_demonstrations,
-    "demonstrations-last": last_demonstrations,
-    "demonstrations-perplexity": surprising_demonstrations,
-    "demonstrations-similar": similar_demonstrations,
-    "sentences-random": random_sentences,
-    "selective-context": selective_context,
-    "selective-sentences": selective_sentences,
-}
+def first_to_last(prompt: Prompt, spans: Sequence[Span], tools: Tools) -> list[int]:
+    """As they stand."""
+    return list(range(len(spans)))
 
 
-def _demonstrations_that_fit(prompt: Prompt, budget: int, tools: Tools, order: Sequence[int]) -> Prompt:
+def last_to_first(prompt: Prompt, spans: Sequence[Span], tools: Tools) -> list[int]:
+    """Those next to the question first."""
+    return list(range(len(spans) - 1, -1, -1))
+
+
+def at_random(prompt: Prompt, spans: Sequence[Span], tools: Tools) -> list[int]:
+    """As drawn by the seed."""
+    return tools.shuffled(prompt, len(spans))
+
+
+def by_surprisal(prompt: Prompt, spans: Sequence[Span], tools: Tools) -> list[int]:
+    """Those of the highest mean self-information, and so of the highest perplexity, first."""
+    means = [tools.surprisals(prompt.demonstrations[i], [(start, end)])[0] for i, start, end in spans]
+    return sorted(range(len(spans)), key=lambda number: -means[number])
+
+
+def by_likeness(prompt: Prompt, spans: Sequence[Span], tools: Tools) -> list[int]:
+    """Those that share most words with the question first (Jaccard's index)."""
+    asked = _vocabulary(prompt.question)
+    there = [_vocabulary(prompt.demonstrations[i][start:end]) for i, start, end in spans]
+    return sorted(range(len(spans)), key=lambda n: -len(there[n] & asked) / max(1, len(there[n] | asked)))
+
+
+def keep_demonstrations(prompt: Prompt, budget: int, tools: Tools, order: Order) -> Prompt:
     """Whole demonstrations in this order; one that does not fit is passed over."""
     chosen: list[int] = []
-    for i in order:
+    for i in order(prompt, [(i, 0, len(text)) for i, text in enumerate(prompt.demonstrations)], tools):
         wider = sorted([*chosen, i])
         if tools.count(full_text(_of(prompt, wider))) <= budget:
             chosen = wider
@@ -203,24 +155,16 @@ def _of(prompt: Prompt, chosen: Sequence[int]) -> Prompt:
     return replace(prompt, demonstrations=[prompt.demonstrations[i] for i in chosen], pinned=())
 
 
-def _most_surprising_spans(prompt: Prompt, budget: int, tools: Tools, cut: Cut) -> Prompt:
-    scores = np.array([score for text in prompt.demonstrations for score in tools.surprisals(text, cut(text))])
-    return _spans_that_fit(prompt, budget, tools, cut, lambda n: np.argsort(-scores, kind="stable").tolist())
-
-
-def _spans_that_fit(
-    prompt: Prompt, budget: int, tools: Tools, cut: Cut, order: Callable[[int], Sequence[int]]
-) -> Prompt:
-    """As many spans of the demonstrations as fit, in their own order; found by bisection.
-
-    Args:
-        order: of n spans, their numbers: the first to keep comes first.
-    """
+def keep_spans(prompt: Prompt, budget: int, tools: Tools, cut: Cut, order: Order) -> Prompt:
+    """As many spans of the demonstrations, in this order, as fit, which stay in their own; found by bisection."""
     spans = [(i, start, end) for i, text in enumerate(prompt.demonstrations) for start, end in cut(text)]
-    ranked = order(len(spans))
+    ranked = order(prompt, spans, tools)
 
     def first(n: int) -> Prompt:
-        return _with_spans(prompt, [spans[i] for i in sorted(ranked[:n])])
+        parts: dict[int, str] = {}
+        for i, start, end in (spans[number] for number in sorted(ranked[:n])):
+            parts[i] = parts.get(i, "") + prompt.demonstrations[i][start:end]
+        return replace(prompt, demonstrations=[part.strip() for part in parts.values() if part.strip()], pinned=())
 
     low, high = 0, len(spans)
     while low < high:
@@ -232,16 +176,23 @@ def _spans_that_fit(
     return first(low)
 
 
-def _with_spans(prompt: Prompt, spans: Sequence[tuple[int, int, int]]) -> Prompt:
-    """The prompt with these spans of its demonstrations alone: number of the demonstration, start, end."""
-    parts: dict[int, str] = {}
-    for i, start, end in spans:
-        parts[i] = parts.get(i, "") + prompt.demonstrations[i][start:end]
-    return replace(prompt, demonstrations=[part.strip() for part in parts.values() if part.strip()], pinned=())
-
-
 def _vocabulary(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
+
+
+BASELINES: dict[str, Callable[[Prompt, int, Tools], Prompt]] = {
+    "truncate": partial(keep_spans, cut=words, order=last_to_first),  # the end, next to the question, is kept
+    "truncate-end": partial(keep_spans, cut=words, order=first_to_last),
+    "random-words": partial(keep_spans, cut=words, order=at_random),
+    "demonstrations-random": partial(keep_demonstrations, order=at_random),
+    "demonstrations-last": partial(keep_demonstrations, order=last_to_first),
+    "demonstrations-perplexity": partial(keep_demonstrations, order=by_surprisal),
+    "demonstrations-similar": partial(keep_demonstrations, order=by_likeness),
+    "sentences-random": partial(keep_spans, cut=sentences, order=at_random),  # §5.1 of arXiv:2310.05736
+    # arXiv:2310.06201; there the phrases are spaCy's noun phrases.
+    "selective-context": partial(keep_spans, cut=phrases, order=by_surprisal),
+    "selective-sentences": partial(keep_spans, cut=sentences, order=by_surprisal),
+}
 
 
 class Surprisals:

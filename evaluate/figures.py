@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from terselm.evaluate.answers import bert_score, likeness
-from terselm.evaluate.items import Item, Suite
+from terselm.evaluate.items import Suite
 from terselm.evaluate.measurements import FULL, NO_BUDGET, ZERO, Measurement
 from terselm.evaluate.settings import EvaluateSettings
 from terselm.statistics import Interval, ratio
@@ -61,7 +61,7 @@ class Figuring:
         for one in measurements:
             self._cells.setdefault(one.cell, {})[one.id] = one
         self._columns: dict[str, dict[Cell, Column]] = {
-            GAIN: {cell: self._gains(cell) for cell in self._cells},
+            GAIN: self._gains(),
             EXACT: self._measured(lambda one: one.right),
             KEPT: self._measured(lambda one: one.answer_kept),
             OVERLAP: self._measured(lambda one: one.overlap),
@@ -76,14 +76,14 @@ class Figuring:
         cells += [(method, budget) for method in self._settings.methods for budget in self._settings.budgets]
         return [self._figures(cell, (compare, cell[1])) for cell in cells if cell in self._cells]
 
-    def _gains(self, cell: Cell) -> Column:
+    def _gains(self) -> dict[Cell, Column]:
         """What each prompt gains over its bare question: nats a token of the gold answer."""
-        zero, whole = (self._nats((method, NO_BUDGET)) for method in (ZERO, FULL))
-        return {id_: zero[id_] - nats for id_, nats in self._nats(cell).items() if id_ in zero and id_ in whole}
-
-    def _nats(self, cell: Cell) -> Column:
-        measured = self._cells.get(cell, {})
-        return {id_: nats for id_, one in measured.items() if (nats := one.nats_a_token) is not None}
+        nats = self._measured(lambda one: one.nats_a_token)
+        zero, whole = (nats.get((method, NO_BUDGET), {}) for method in (ZERO, FULL))
+        return {
+            cell: {id_: zero[id_] - value for id_, value in column.items() if id_ in zero and id_ in whole}
+            for cell, column in nats.items()
+        }
 
     def _measured(self, value_of: Callable[[Measurement], float | None]) -> dict[Cell, Column]:
         return {
@@ -93,24 +93,19 @@ class Figuring:
 
     def _likenesses(self) -> dict[str, dict[Cell, Column]]:
         """Likeness of the answers to the references, or to the answer to the whole prompt where there are none."""
-        answered = [
-            (one, one.answer) for cell in self._cells.values() for one in cell.values() if one.answer is not None
+        answered = [one for cell in self._cells.values() for one in cell.values() if one.answer is not None]
+        answers = [str(one.answer) for one in answered]
+        references = [
+            (self._items[one.id].answers or [str(self._cells[FULL, NO_BUDGET][one.id].answer)])[0] for one in answered
         ]
-        answers = [answer for _, answer in answered]
-        references = [self._reference(self._items[one.id]) for one, _ in answered]
         values = likeness(answers, references)
         if self._settings.bert_score and answered:
             values["bert_score"] = bert_score(answers, references, self._settings.bert_score)
         columns: dict[str, dict[Cell, Column]] = {name: {cell: {} for cell in self._cells} for name in values}
         for name, scores in values.items():
-            for (one, _), score in zip(answered, scores, strict=True):
+            for one, score in zip(answered, scores, strict=True):
                 columns[name][one.cell][one.id] = score
         return columns
-
-    def _reference(self, item: Item) -> str:
-        if item.answers:
-            return item.answers[0]
-        return str(self._cells[FULL, NO_BUDGET][item.id].answer)
 
     def _figures(self, cell: Cell, other: Cell) -> Figures:
         measured = list(self._cells[cell].values())
@@ -135,16 +130,14 @@ class Figuring:
 
     def _qualities(self, cell: Cell, minus: Cell | None = None) -> dict[str, Interval]:
         """Each measure of a cell, or its difference from another; without those that were not measured."""
-        qualities = {name: self._quality(name, cell, minus) for name in QUALITIES}
-        return {name: interval for name, interval in qualities.items() if interval is not None}
-
-    def _quality(self, name: str, cell: Cell, minus: Cell | None) -> Interval | None:
-        columns = self._columns.get(name, {})
-        ours = columns.get(cell, {})
-        theirs = columns.get(minus, {}) if minus is not None else dict.fromkeys(ours, 0.0)
-        ids = [id_ for id_ in ours if id_ in theirs]
-        if not ids:
-            return None
-        over = np.array([ours[id_] - theirs[id_] for id_ in ids])
-        under = np.array([columns[FULL, NO_BUDGET][id_] if name == GAIN else 1.0 for id_ in ids])
-        return ratio(over, under, groups=[self._items[id_].group for id_ in ids], seed=self._settings.seed)
+        qualities = {}
+        for name in QUALITIES:
+            columns = self._columns.get(name, {})
+            ours = columns.get(cell, {})
+            theirs = columns.get(minus, {}) if minus is not None else dict.fromkeys(ours, 0.0)
+            if ids := [id_ for id_ in ours if id_ in theirs]:
+                over = np.array([ours[id_] - theirs[id_] for id_ in ids])
+                under = np.array([columns[FULL, NO_BUDGET][id_] if name == GAIN else 1.0 for id_ in ids])
+                groups = [self._items[id_].group for id_ in ids]
+                qualities[name] = ratio(over, under, groups=groups, seed=self._settings.seed)
+        return qualities

@@ -60,19 +60,12 @@ class Llmlingua:
         Raises:
             TerseLMError: the process has ended.
         """
-        return [
-            Compressed(
-                text=str(
-                    self._process.ask(
-                        instruction=prompt.instruction,
-                        demonstrations=list(prompt.demonstrations),
-                        question=prompt.question,
-                        budget=budget,
-                    )
-                )
-            )
-            for prompt, budget in zip(prompts, budgets, strict=True)
-        ]
+        compressed = []
+        for prompt, budget in zip(prompts, budgets, strict=True):
+            parts = {"instruction": prompt.instruction, "question": prompt.question}
+            text = self._process.ask(**parts, demonstrations=list(prompt.demonstrations), budget=budget)
+            compressed.append(Compressed(text=str(text)))
+        return compressed
 
     def close(self) -> None:
         """End the process."""

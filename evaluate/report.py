@@ -89,18 +89,18 @@ def markdown(settings: EvaluateSettings, suite: Suite, figures: Sequence[Figures
 
 def differences(compare: str, figures: Sequence[Figures]) -> list[str]:
     """What may be said of each method against ``compare``, and what may not."""
-    lines = []
-    for one in figures:
-        for name, interval in one.against.items():
-            if one.budget != NO_BUDGET and not interval.shown and not math.isnan(interval.low):
-                lines.append(
-                    f"- {_TITLES[name]} at {one.budget}: no difference between {one.method} and {compare} is shown "
-                    f"({_show(name, interval, signed=True)})."
-                )
-    for one in figures:
-        if one.over_budget:
-            lines.append(f"- {one.method} at {one.budget}: {one.over_budget:.0%} of its prompts exceed the budget.")
-    return lines
+    lines = [
+        f"- {_TITLES[name]} at {one.budget}: no difference between {one.method} and {compare} is shown "
+        f"({_show(name, interval, signed=True)})."
+        for one in figures
+        for name, interval in one.against.items()
+        if one.budget != NO_BUDGET and not interval.shown and not math.isnan(interval.low)
+    ]
+    return lines + [
+        f"- {one.method} at {one.budget}: {one.over_budget:.0%} of its prompts exceed the budget."
+        for one in figures
+        if one.over_budget
+    ]
 
 
 def _row(one: Figures, measures: Sequence[str], timed: bool) -> list[str]:
@@ -147,9 +147,8 @@ def draw_quality(path: Path, figures: Sequence[Figures], *, title: str) -> None:
     picture = Figure(figsize=(9, 5.5), layout="constrained")
     axes = picture.subplots()
     for method in dict.fromkeys(one.method for one in figures if one.budget != NO_BUDGET):
-        points = sorted(
-            (one for one in figures if one.method == method and measure in one.quality), key=lambda one: one.tokens
-        )
+        points = [one for one in figures if one.method == method and measure in one.quality]
+        points.sort(key=lambda one: one.tokens)
         values = [one.quality[measure] for one in points]
         axes.errorbar(
             [one.tokens for one in points],

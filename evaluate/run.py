@@ -132,8 +132,7 @@ class Evaluation:
         return references + [_Cell(method=name.text, name=name, budget=length) for name in names for length in lengths]
 
     def _committed(self, journal: Journal) -> list[Measurement]:
-        entries = journal.entries
-        fingerprint = self._fingerprint()
+        entries, fingerprint = journal.entries, self._fingerprint()
         if not entries:
             journal.append([{"evaluation": fingerprint}])
         elif entries[0].get("evaluation") != fingerprint:
@@ -144,8 +143,7 @@ class Evaluation:
 
     def _fingerprint(self) -> str:
         """Of what must not change under a journal: the questions, the target, and what is measured."""
-        settings = self.settings
-        target = settings.target
+        settings, target = self.settings, self.settings.target
         facts = [target.model, target.base_url, target.dtype, settings.model, settings.dtype, settings.counter]
         facts += [str(flag) for flag in (settings.score, settings.generate, settings.oracle, settings.seed)]
         for item in self.items:

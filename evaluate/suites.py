@@ -27,7 +27,7 @@ from terselm.evaluate.settings import SuiteName, SuiteSettings
 
 _GSM8K_ID = "openai/gsm8k"
 _GSM8K_INSTRUCTION = "Please reference the following examples to answer the math question,"
-_GSM8K_ASK = "Let's think step by step"
+_ASK = "Let's think step by step"
 _GSM8K_CALCULATOR = re.compile(r"<<.*?>>")
 _BBH_ID = "lukaemon/bbh"
 _BBH_CANARY = "-----\n"
@@ -89,10 +89,9 @@ def _gsm8k(settings: SuiteSettings) -> Suite:
     test = _rows(settings.data, _GSM8K_ID, "main", "test")
     if len(test) < settings.questions:
         raise ConfigError(f"GSM8K has {len(test)} test rows here; {settings.questions} questions are asked for")
-    questions = random.Random(settings.seed).sample(test, settings.questions)
     sets = _demonstration_sets(settings)
     items = []
-    for number, row in enumerate(questions):
+    for number, row in enumerate(random.Random(settings.seed).sample(test, settings.questions)):
         worked, final = _worked_answer(row)
         chosen = number % len(sets)
         prompt = Prompt(instruction=_GSM8K_INSTRUCTION, demonstrations=sets[chosen], question=_maths_question(row))
@@ -116,7 +115,7 @@ def _demonstration_sets(settings: SuiteSettings) -> list[tuple[str, ...]]:
 
 
 def _maths_question(row: _Row) -> str:
-    return f"Question: {row.text('question').strip()}\n{_GSM8K_ASK}"
+    return f"Question: {row.text('question').strip()}\n{_ASK}"
 
 
 def _worked_answer(row: _Row) -> tuple[str, str]:
@@ -163,20 +162,13 @@ def _bbh_task(task: str, settings: SuiteSettings, prompts: Path) -> list[Item]:
     instruction, demonstrations = _bbh_prompt(prompts / f"{task}.txt")
     rows = _rows(settings.data / f"{task}.json" if settings.data is not None else None, _BBH_ID, task, "test")
     chosen = random.Random(f"{settings.seed}/{task}").sample(rows, min(settings.questions, len(rows)))
-    return [
-        Item(
-            id=f"{task}/{number}",
-            prompt=Prompt(
-                instruction=instruction,
-                demonstrations=demonstrations,
-                question=f"Q: {row.text('input').strip()}\nA: Let's think step by step.",
-            ),
-            gold=f"\nSo the answer is {row.text('target').strip()}.",
-            answers=(row.text("target").strip(),),
-            group=task,
-        )
-        for number, row in enumerate(chosen)
-    ]
+    items = []
+    for number, row in enumerate(chosen):
+        question, answer = f"Q: {row.text('input').strip()}\nA: {_ASK}.", row.text("target").strip()
+        prompt = Prompt(instruction=instruction, demonstrations=demonstrations, question=question)
+        gold = f"\nSo the answer is {answer}."
+        items.append(Item(id=f"{task}/{number}", prompt=prompt, gold=gold, answers=(answer,), group=task))
+    return items
 
 
 def _bbh_prompt(path: Path) -> tuple[str, tuple[str, ...]]:
@@ -213,15 +205,8 @@ def _nq(settings: SuiteSettings) -> Suite:
             raise ConfigError(f"{rows[number].where}: expected a list of texts under 'answers', got {answers!r}")
         documents = _documents(number, answers, passages, settings)
         question = f"Question: {rows[number].text('question').strip()}\nAnswer:"
-        items.append(
-            Item(
-                id=f"{number}",
-                prompt=Prompt(instruction=_NQ_INSTRUCTION, demonstrations=documents, question=question),
-                gold=f" {answers[0]}",
-                answers=answers,
-                group=f"{number}",
-            )
-        )
+        prompt = Prompt(instruction=_NQ_INSTRUCTION, demonstrations=documents, question=question)
+        items.append(Item(id=f"{number}", prompt=prompt, gold=f" {answers[0]}", answers=answers, group=f"{number}"))
     return Suite(
         name="nq",
         items=items,
@@ -264,13 +249,10 @@ def _sharegpt(settings: SuiteSettings) -> Suite:
     items = []
     for row, turns in random.Random(settings.seed).sample(dialogues, settings.questions):
         question, reference = turns[-2][1], turns[-1][1]
-        prompt = Prompt(
-            demonstrations=[f"{speaker}: {text}" for speaker, text in turns[:-2]],
-            question=f"User: {question}\nAssistant:",
-        )
-        items.append(
-            Item(id=f"{row.number}", prompt=prompt, gold=f" {reference}", answers=(reference,), group=row.where)
-        )
+        demonstrations = [f"{speaker}: {text}" for speaker, text in turns[:-2]]
+        prompt = Prompt(demonstrations=demonstrations, question=f"User: {question}\nAssistant:")
+        gold = f" {reference}"
+        items.append(Item(id=f"{row.number}", prompt=prompt, gold=gold, answers=(reference,), group=row.where))
     return Suite(name="sharegpt", items=items, right=None, stop=("\nUser:",))
 
 
@@ -297,16 +279,10 @@ def _arxiv(settings: SuiteSettings) -> Suite:
     rows = _rows(settings.data, _ARXIV_ID, None, "train")
     _check_enough(rows, settings.questions, "arxiv")
     question = "Summarize the article above in a few sentences.\nSummary:"
-    items = [
-        Item(
-            id=f"{row.number}",
-            prompt=Prompt(demonstrations=_paragraphs(row.text("text")), question=question),
-            gold="",
-            answers=(),
-            group=row.where,
-        )
-        for row in random.Random(settings.seed).sample(rows, settings.questions)
-    ]
+    items = []
+    for row in random.Random(settings.seed).sample(rows, settings.questions):
+        prompt = Prompt(demonstrations=_paragraphs(row.text("text")), question=question)
+        items.append(Item(id=f"{row.number}", prompt=prompt, gold="", answers=(), group=row.where))
     return Suite(name="arxiv", items=items, right=None, stop=("\n\n",))
 
 
@@ -338,9 +314,8 @@ def _own_prompts(settings: SuiteSettings) -> Suite:
             raise ConfigError(f"{row.where}: the answer is a {type(answer).__name__}; expected a text")
         prompt = Prompt(**{key: row.values[key] for key in _PROMPT_KEYS - {"answer"} if row.values.get(key)})
         gold = answer if not answer or answer[0].isspace() else f"\n{answer}"
-        items.append(
-            Item(id=f"{number}", prompt=prompt, gold=gold, answers=(answer,) if answer else (), group=f"{number}")
-        )
+        answers = (answer,) if answer else ()
+        items.append(Item(id=f"{number}", prompt=prompt, gold=gold, answers=answers, group=f"{number}"))
     return Suite(
         name="prompts",
         items=items,
@@ -364,13 +339,13 @@ def _rows(path: Path | None, hub_id: str = "", config: str | None = None, split:
         except (ConfigError, DataFormatError) as error:
             raise ConfigError(f"{error}; give local files instead (suite.data)") from None
     rows = list(read_rows(path))
-    if path.suffix == ".json":
-        if len(rows) == 1 and isinstance(examples := rows[0][1].get("examples"), list):
-            rows = list(enumerate(examples, start=1))
-        if not all(isinstance(row, dict) for _, row in rows):
-            raise DataFormatError(path, None, "expected JSON objects under 'examples'")
-        return [_Row(where=f"{path}, row {number}", number=number, values=row) for number, row in rows]
-    return [_Row(where=f"{path}:{number}", number=number, values=row) for number, row in rows]
+    is_json = path.suffix == ".json"
+    if is_json and len(rows) == 1 and isinstance(examples := rows[0][1].get("examples"), list):
+        rows = list(enumerate(examples, start=1))
+    if not all(isinstance(row, dict) for _, row in rows):
+        raise DataFormatError(path, None, "expected JSON objects under 'examples'")
+    place = f"{path}, row " if is_json else f"{path}:"
+    return [_Row(where=f"{place}{number}", number=number, values=row) for number, row in rows]
 
 
 def _check_enough(rows: Sequence[object], needed: int, name: str) -> None:

@@ -100,11 +100,10 @@ class LocalTarget:
                     f"a prompt of {1 + len(before)} tokens and a gold answer of {len(gold)} do not fit into the window "
                     f"of {self.lm.window} tokens of {self.lm.name}; choose shorter prompts"
                 )
-        nats = [0.0] * len(befores)
         rows = [before + gold for before, gold in zip(befores, targets, strict=True)]
-        for i, scores in self._scorer.score(rows, skips=[len(before) for before in befores]):
-            nats[i] = float(scores.nats.sum(dtype=np.float64))
-        return [Score(nats=value, tokens=len(gold)) for value, gold in zip(nats, targets, strict=True)]
+        scored = self._scorer.score(rows, skips=[len(before) for before in befores])
+        nats = {i: float(scores.nats.sum(dtype=np.float64)) for i, scores in scored}
+        return [Score(nats=nats.get(i, 0.0), tokens=len(gold)) for i, gold in enumerate(targets)]
 
     @cached_property
     def _scorer(self) -> RowScorer:
@@ -143,7 +142,12 @@ class EndpointTarget:
         """
         settings = self._collection(max_new_tokens, stop)
         texts = list(dict.fromkeys(prompts))
-        requests = plan_requests([_instruction(text) for text in texts], settings)
+        names = [blake2b(text.encode(), digest_size=12).hexdigest() for text in texts]
+        instructions = [
+            Instruction(id=name, messages=(Message(role=Role.USER, content=text),))
+            for name, text in zip(names, texts, strict=True)
+        ]
+        requests = plan_requests(instructions, settings)
         options = Options(
             key_file=self._settings.key_file, prices=self._settings.prices, max_cost=self._settings.max_cost
         )
@@ -180,11 +184,6 @@ class EndpointTarget:
             templates={"default": PromptTemplate(text=_WHOLE_PROMPT, stop=sent)} if plain else {},
             extra_body={"stop": sent} if sent and not plain else {},
         )
-
-
-def _instruction(text: str) -> Instruction:
-    name = blake2b(text.encode(), digest_size=12).hexdigest()
-    return Instruction(id=name, messages=(Message(role=Role.USER, content=text),))
 
 
 def _cut(answer: str, stop: tuple[str, ...]) -> str:

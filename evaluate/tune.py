@@ -109,12 +109,8 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        default = CompressionSettings()
-        differences = [
-            f"{field}={getattr(self.settings, field)}"
-            for field in _AROUND
-            if getattr(self.settings, field) != getattr(default, field)
-        ]
+        default, values = CompressionSettings(), {field: getattr(self.settings, field) for field in _AROUND}
+        differences = [f"{field}={value}" for field, value in values.items() if value != getattr(default, field)]
         return f"terselm:{','.join(differences)}" if differences else "terselm"
 
 
@@ -168,12 +164,8 @@ class Search:
 
     def report(self) -> tuple[list[Figures], str]:
         """Write what was tried; give its figures and the table."""
-        settings = replace(
-            self._evaluation.settings,
-            methods=list(self._tried),
-            budgets=list(self._budgets),
-            compare="terselm" if "terselm" in self._tried else "",
-        )
+        compare = "terselm" if "terselm" in self._tried else ""
+        settings = replace(self._evaluation.settings, methods=list(self._tried), budgets=self._budgets, compare=compare)
         figures = Figuring(settings, self._evaluation.suite, list(self._measurements.values())).all()
         return figures, write_results(self._folder, settings, self._evaluation.suite, figures)
 
@@ -210,17 +202,13 @@ class Search:
                 if number and not (whatever_the_time or self._time_left()):
                     _log.info("out of time: %d settings were not tried", len(new) - number)
                     break
-                self._measure(candidate, budget)
+                self._tried[candidate.name] = candidate
+                compressor = self._compressor.with_settings(candidate.settings)
+                self._ready[candidate.name] = Ours(compressor=compressor, count=self._target.count)
+                measured = self._evaluation.measure([candidate.name], [budget])
+                self._measurements |= {one.key: one for one in measured}
                 progress.update(1, candidate.name)
         return bool(new)
-
-    def _measure(self, candidate: Candidate, budget: str) -> None:
-        self._tried[candidate.name] = candidate
-        self._ready[candidate.name] = Ours(
-            compressor=self._compressor.with_settings(candidate.settings), count=self._target.count
-        )
-        measured = self._evaluation.measure([candidate.name], [budget])
-        self._measurements |= {one.key: one for one in measured}
 
     def _time_left(self) -> bool:
         return time.monotonic() < self._until
@@ -228,41 +216,32 @@ class Search:
 
 def shapes() -> list[Candidate]:
     """The defaults and what differs from them in kind, the most promising first, for a search that runs out of time."""
-    return [
-        Candidate(settings=settings)
-        for settings in (
-            CompressionSettings(),
-            replace(_THINNED, anchor=1.0),
-            _THINNED,
-            replace(_THINNED, anchor=0.5, unit=UnitKind.LINE),
-            replace(_THINNED, unit=UnitKind.DEMONSTRATION),
-            replace(_THINNED, anchor=1.0, anchor_by=AnchorOrder.LAST),
-            _PAPER,
-            replace(_THINNED, anchor=0.5, unit=UnitKind.SENTENCE),
-            replace(_THINNED, k=1.2),
-            replace(_THINNED, anchor=0.7),
-            replace(_THINNED, unit=UnitKind.LINE),
-            replace(_THINNED, unit=UnitKind.WORD),
-        )
-    ]
+    settings = (
+        CompressionSettings(),
+        replace(_THINNED, anchor=1.0),
+        _THINNED,
+        replace(_THINNED, anchor=0.5, unit=UnitKind.LINE),
+        replace(_THINNED, unit=UnitKind.DEMONSTRATION),
+        replace(_THINNED, anchor=1.0, anchor_by=AnchorOrder.LAST),
+        _PAPER,
+        replace(_THINNED, anchor=0.5, unit=UnitKind.SENTENCE),
+        replace(_THINNED, k=1.2),
+        replace(_THINNED, anchor=0.7),
+        replace(_THINNED, unit=UnitKind.LINE),
+        replace(_THINNED, unit=UnitKind.WORD),
+    )
+    return [Candidate(settings=one) for one in settings]
 
 
 def around(best: CompressionSettings) -> Iterator[Candidate]:
     """All that differ from ``best`` in one setting that makes a difference there."""
+    idle = {"anchor_by"} if best.anchor == 0 else set()
+    if best.anchor == 1 or best.unit is UnitKind.DEMONSTRATION:
+        idle |= {"k", "segment_size"}
     for field, values in _AROUND.items():
-        if _idle(best, field):
-            continue
         for value in values:
-            if value != getattr(best, field):
+            if field not in idle and value != getattr(best, field):
                 yield Candidate(settings=replace(best, **{field: value}))
-
-
-def _idle(settings: CompressionSettings, field: str) -> bool:
-    """Whether a setting decides nothing."""
-    whole_only = settings.anchor == 1 or settings.unit is UnitKind.DEMONSTRATION
-    if field in ("k", "segment_size"):
-        return whole_only
-    return field == "anchor_by" and settings.anchor == 0
 
 
 def _with_answers(settings: TuneSettings, folder: Path, target: LocalTarget) -> Path:

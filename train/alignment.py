@@ -60,7 +60,7 @@ def align(settings: AlignSettings, *, resume: bool = True, dry_run: bool = False
     folder = RunFolder(Path(settings.run_dir), key, MODEL if settings.method is TrainingMethod.FULL else ADAPTER)
     finished = folder.is_finished()
     state = join_processes()
-    tell = say if state.is_main_process else _stay_silent
+    tell: Callable[[str], None] = say if state.is_main_process else lambda _: None
     if dry_run:
         tell(str(_estimate(prepare_run(settings, folder, state, sources))))
         return folder
@@ -108,7 +108,14 @@ def _attempt(run: AlignmentRun, data_sha256: str, tell: Callable[[str], None], *
             raise
         _take_smaller_passes(run)
         return False
-    training = _describe_training(run.trainer, resumed=checkpoint is not None)
+    trainer = run.trainer
+    training = {
+        "steps": trainer.state.global_step,
+        "tokens_seen": trainer.state.num_input_tokens_seen,
+        "seconds": trainer.progress.seconds,
+        "tokens_per_second": trainer.progress.tokens_per_second(trainer.state),
+        "resumed": checkpoint is not None,
+    }
     held_out = compare_scores(run.reported, before, run.score(run.reported), settings.seed)
     weights = gather_trained(run.model, keep=run.state.is_main_process)
     if run.state.is_main_process:
@@ -118,9 +125,8 @@ def _attempt(run: AlignmentRun, data_sha256: str, tell: Callable[[str], None], *
         held_out_texts = run.reported.prompt_of, run.reported.raw
         with clear_disk_errors(folder.path, "the result could not be written; the checkpoints are kept"):
             write_held_out_texts(folder.path, *held_out_texts, most=settings.report.texts, seed=settings.seed)
-        folder.finish(
-            metrics, partial(save_trained, run.model, settings=settings, tokenizer=run.tokenizer, weights=weights)
-        )
+        save = partial(save_trained, run.model, settings=settings, tokenizer=run.tokenizer, weights=weights)
+        folder.finish(metrics, save)
         tell(_conclusion(metrics, folder))
     run.trainer.accelerator.end_training()
     return True
@@ -172,10 +178,7 @@ def _estimate(run: AlignmentRun) -> DryRunEstimate:
     """
     if run.is_sharded:
         raise ConfigError("--dry-run cannot try a sharded model; use it with one process or with DDP")
-    for folder in (
-        run.folder.checkpoints,
-        run.folder.path,
-    ):  # which the Trainer makes before there is anything to put in
+    for folder in (run.folder.checkpoints, run.folder.path):  # the Trainer makes them before there is anything in them
         with suppress(OSError):
             folder.rmdir()
     cost = find_fitting(run.trainer, asked=run.rows_per_pass, share=run.share, repeat=True)
@@ -191,16 +194,6 @@ def _estimate(run: AlignmentRun) -> DryRunEstimate:
     )
 
 
-def _describe_training(trainer: AlignmentTrainer, *, resumed: bool) -> dict[str, Any]:
-    return {
-        "steps": trainer.state.global_step,
-        "tokens_seen": trainer.state.num_input_tokens_seen,
-        "seconds": trainer.progress.seconds,
-        "tokens_per_second": trainer.progress.tokens_per_second(trainer.state),
-        "resumed": resumed,
-    }
-
-
 def _conclusion(metrics: dict[str, Any], folder: RunFolder) -> str:
     held_out, training = metrics["held_out"], metrics["training"]
     difference = held_out["difference"]
@@ -211,10 +204,6 @@ def _conclusion(metrics: dict[str, Any], folder: RunFolder) -> str:
         f"{training['tokens_seen']:,} tokens at {training['tokens_per_second']:,.0f} tokens/s, "
         f"{metrics['seconds']:.0f} s in all; result in {folder.result}"
     )
-
-
-def _stay_silent(_: str) -> None:
-    """What the other processes have to say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +226,11 @@ class AlignmentRun:
     trainer: AlignmentTrainer
     base: dict[str, str]
     compute: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        """Let the trainer choose the best weights by the held-out text that was set apart for it."""
+        if (chosen := self.choosing) is not None:
+            self.trainer.choose_by = lambda: chosen.bits_per_byte(self.score(chosen))
 
     @property
     def rows_per_pass(self) -> int:
@@ -278,20 +272,16 @@ class AlignmentRun:
         settings = replace(self.settings, optimisation=replace(self.settings.optimisation, rows_per_pass=rows))
         schedule = self.trainer.train_dataset
         arguments = training_arguments(settings, self.folder, rows=len(schedule), processes=self.state.num_processes)
-        trainer = AlignmentTrainer(self.model, arguments, schedule, self.folder, settings)
-        return replace(self, trainer=trainer).choosing_best()
-
-    def choosing_best(self) -> AlignmentRun:
-        """Let the trainer choose the best weights by the held-out text that was set apart for it."""
-        if (chosen := self.choosing) is not None:
-            self.trainer.choose_by = lambda: chosen.bits_per_byte(self.score(chosen))
-        return self
+        return replace(self, trainer=AlignmentTrainer(self.model, arguments, schedule, self.folder, settings))
 
     def circumstances(self, data_sha256: str) -> dict[str, Any]:
         """What the result came from, and the loss by step."""
-        history = self.trainer.state.log_history
+        history, mixture = self.trainer.state.log_history, self.settings.data.mixture
+        sources: dict[str, Any] = {"records": " + ".join(mixture) or self.settings.data.records}
+        if mixture:
+            sources["mixture"] = mixture
         return {
-            "data": {**self._sources(), "sha256": data_sha256, **self.texts.describe()},
+            "data": {**sources, "sha256": data_sha256, **self.texts.describe()},
             "base": self.base,
             "compute": {**self.compute, "rows_per_pass": self.rows_per_pass},
             "versions": describe_versions(),
@@ -300,14 +290,6 @@ class AlignmentRun:
             "loss_history": [entry for entry in history if "loss" in entry],
             "choice_history": [entry for entry in history if MEASURE in entry],
         }
-
-    def _sources(self) -> dict[str, Any]:
-        data = self.settings.data
-        return (
-            {"records": " + ".join(data.mixture), "mixture": data.mixture}
-            if data.mixture
-            else {"records": data.records}
-        )
 
     def introduction(self) -> str:
         data, compute = self.texts.describe(), self.compute
@@ -347,9 +329,7 @@ def prepare_run(
     arguments = training_arguments(settings, folder, rows=len(schedule), processes=state.num_processes)
     give_surprisals(lm.model, autocast=None if precision == torch.float32 else precision)
     base = {"name": settings.model, "dtype": dtype}
-    if (
-        settings.method is not TrainingMethod.QLORA
-    ):  # rounded weights tell nothing of those that an adapter is merged into
+    if settings.method is not TrainingMethod.QLORA:  # rounded weights tell nothing of those that are merged into
         base["weights_sha256"] = weights_sha256(lm.model, precision)
     set_seed(settings.seed)  # the adapter's first values
     model = make_trainable(lm.model, settings)
@@ -361,9 +341,7 @@ def prepare_run(
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "steps": arguments.max_steps,
     }
-    choosing, reported = None, texts.held_out
-    if settings.evaluation.every:
-        choosing, reported = texts.held_out.halves(settings.seed)
+    choosing, reported = texts.held_out.halves(settings.seed) if settings.evaluation.every else (None, texts.held_out)
     return AlignmentRun(
         settings=settings,
         folder=folder,
@@ -376,4 +354,4 @@ def prepare_run(
         trainer=AlignmentTrainer(model, arguments, schedule, folder, settings),
         base=base,
         compute=compute,
-    ).choosing_best()
+    )

@@ -47,7 +47,7 @@ def attention_candidates(lm: Any) -> list[str]:
     match lm.device.type:
         case "cpu":
             return [PACKED_ATTENTION, its_own]
-        case "cuda" if has_varlen_kernel():
+        case "cuda" if {"scale", "window_size"} <= _TAKES:  # torch 2.10 has the kernel, but neither of them
             return [VARLEN_ATTENTION, its_own]
     return [its_own]
 
@@ -129,11 +129,6 @@ def varlen_attention(
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=window, **_GROUPED)
     assert isinstance(out, Tensor)
     return out[None], None
-
-
-def has_varlen_kernel() -> bool:
-    """Whether this torch has the kernel with a scale and a window; 2.10 has neither."""
-    return {"scale", "window_size"} <= _TAKES
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None) -> Tensor:

@@ -19,7 +19,6 @@ from terselm.train.run_folder import RunFolder
 from terselm.train.settings import EvaluationSettings, Tracker
 
 MEASURE = "eval_bits_per_byte"
-_INSTALL = {Tracker.TENSORBOARD: "terselm[train]"}
 
 
 class TrainingProgress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -147,13 +146,12 @@ def tracker_callbacks(choice: Tracker, run: Path) -> list[Any]:
     Raises:
         ConfigError: its package is not installed.
     """
-    tracker = choice
-    if choice is Tracker.AUTO:
-        tracker = Tracker.TENSORBOARD if find_spec("tensorboard") else Tracker.NONE
+    installed = Tracker.TENSORBOARD if find_spec("tensorboard") else Tracker.NONE
+    tracker = installed if choice is Tracker.AUTO else choice
     if tracker is Tracker.NONE:
         return []
     if find_spec(tracker.value) is None:
-        package = _INSTALL.get(tracker, tracker.value)
+        package = "terselm[train]" if tracker is Tracker.TENSORBOARD else tracker.value
         raise ConfigError(f"tracker={tracker} needs the package {tracker}; run: pip install '{package}'")
     from transformers.integrations import get_reporting_integration_callbacks
 

@@ -32,9 +32,10 @@ Held-out responses ({scored[records]} to {scored[prompts]} prompts that it was n
 
 | | before | after | difference (95% interval) |
 |---|---|---|---|
-| bits per byte | {before[bits_per_byte]:.4f} | {after[bits_per_byte]:.4f} \
+| bits per byte | {scored[before][bits_per_byte]:.4f} | {scored[after][bits_per_byte]:.4f} \
 | {change[bits_per_byte]:+.4f} ({low:+.4f} to {high:+.4f}) |
-| nats per token | {before[nll_per_token]:.4f} | {after[nll_per_token]:.4f} | {change[nll_per_token]:+.4f} |
+| nats per token | {scored[before][nll_per_token]:.4f} | {scored[after][nll_per_token]:.4f} \
+| {change[nll_per_token]:+.4f} |
 
 The interval is a paired bootstrap over prompts. {verdict}
 {words}
@@ -102,8 +103,6 @@ def model_card(
         base=base,
         targets=", ".join(f"`{target}`" for target in metrics["data"]["targets"]) or "an unnamed model",
         scored=held_out,
-        before=held_out["before"],
-        after=held_out["after"],
         change=held_out["difference"],
         data=metrics["data"],
         training=metrics["training"],

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from terselm.data.records import Record
-from terselm.errors import ConfigError
 from terselm.train.settings import LossOn, Overlong, Template
 
 SEPARATOR = "\n\n"  # what the compressor puts between the parts of a prompt
@@ -189,25 +188,15 @@ def encode_records(records: Sequence[Record], encoding: Encoding, first: int = 0
     )
 
 
-def nothing_to_count(records: int, encoding: Encoding) -> ConfigError:
-    """What to raise where records have left no example."""
-    return ConfigError(
-        f"none of {records} records has a token to count in rows of {encoding.max_length} tokens; raise "
-        "data.max_length or set data.overlong=split"
-    )
-
-
 def render_record(record: Record, template: Template) -> RenderedRecord:
     """The text of a record; the prompt holds whatever stands between it and the response.
 
     Source: the Alpaca template is ``prompt_no_input`` of github.com/tatsu-lab/stanford_alpaca.
     """
     prompt = SEPARATOR.join(message.content for message in record.messages)
-    match template:
-        case Template.RAW:
-            return RenderedRecord(prompt + SEPARATOR, record.response)
-        case Template.ALPACA:
-            return RenderedRecord(_ALPACA.format(instruction=prompt), record.response)
+    if template is Template.ALPACA:
+        return RenderedRecord(_ALPACA.format(instruction=prompt), record.response)
+    return RenderedRecord(prompt + SEPARATOR, record.response)
 
 
 def _whole_records(records: Sequence[Record], encoding: Encoding) -> Iterator[Example]:
@@ -217,7 +206,8 @@ def _whole_records(records: Sequence[Record], encoding: Encoding) -> Iterator[Ex
     responses = _tokenise(encoding, [text.response for text in rendered])
     tokens, masks = [], []
     for record, text, prompt, response in zip(records, rendered, prompts, responses, strict=True):
-        end = [] if encoding.end_id is None or _is_cut_short(record) else [encoding.end_id]
+        cut_short = record.generation is not None and record.generation.finish_reason in _CUT_SHORT
+        end = [] if encoding.end_id is None or cut_short else [encoding.end_id]
         ids = np.concatenate([prompt.ids, response.ids, np.asarray(end, dtype=np.int64)])
         nowhere = np.full((len(end) if encoding.guidance is not None else 0, 2), -1, dtype=np.int64)
         tokens.append(TokenSpans(ids, np.concatenate([prompt.spans, response.spans + len(text.prompt), nowhere])))
@@ -247,10 +237,6 @@ def _tokenise(encoding: Encoding, texts: list[str]) -> Iterator[TokenSpans]:
     for index, ids in enumerate(encoded["input_ids"]):
         spans = encoded["offset_mapping"][index] if with_spans else []
         yield TokenSpans(np.asarray(ids, dtype=np.int64), np.asarray(spans, dtype=np.int64).reshape(-1, 2))
-
-
-def _is_cut_short(record: Record) -> bool:
-    return record.generation is not None and record.generation.finish_reason in _CUT_SHORT
 
 
 def _pieces(whole: Example, record: int, encoding: Encoding) -> Iterator[Example]:

@@ -146,11 +146,6 @@ def _pass(trainer: AlignmentTrainer, rows: int) -> PassCost:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     del moments  # what the optimiser will hold
-    return PassCost(rows=rows, seconds=seconds, peak_bytes=_peak_bytes(on_gpu))
-
-
-def _peak_bytes(on_gpu: bool) -> int:
-    if on_gpu:
-        return torch.cuda.max_memory_reserved()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_reserved() if on_gpu else of_process
+    return PassCost(rows=rows, seconds=seconds, peak_bytes=peak)

@@ -93,25 +93,18 @@ def guide(record: RenderedRecord, tokens: TokenSpans, opinion: ScoredText | None
     count = len(word_spans(text))
     of_theirs = words_of_tokens(text, theirs)
     nats = np.bincount(of_theirs, weights=-opinion.logprobs.astype(np.float64), minlength=count)
-    known = (
-        np.isfinite(nats) & (np.bincount(of_theirs, minlength=count) > 0) & (np.bincount(words, minlength=count) > 0)
-    )
+    known = np.isfinite(nats) & np.isin(np.arange(count), np.intersect1d(of_theirs, words))
     number = np.full(count, NO_WORD, dtype=np.int32)
     number[known] = np.arange(known.sum())
     guided.words[real] = number[words]
-    if guided.top_ids is not None and guided.top_logprobs is not None:
-        _take_over(guided.top_ids, guided.top_logprobs, tokens, opinion, theirs)
+    _take_over(guided, tokens, opinion, theirs)
     return replace(guided, nats=nats[known].astype(np.float32))
 
 
-def _take_over(
-    top_ids: NDArray[np.int32],
-    top_logprobs: NDArray[np.float32],
-    tokens: TokenSpans,
-    opinion: ScoredText,
-    theirs: NDArray[np.int64],
-) -> None:
-    """Copy the likeliest tokens where both read the same token in the same place."""
+def _take_over(guided: Guide, tokens: TokenSpans, opinion: ScoredText, theirs: NDArray[np.int64]) -> None:
+    """Copy the likeliest tokens, if they are learnt from, where both read the same token in the same place."""
+    if guided.top_ids is None or guided.top_logprobs is None:
+        return
     if opinion.top_ids is None or opinion.top_logprobs is None or opinion.token_ids is None:
         raise ConfigError(
             "objective.divergence needs the likeliest tokens and their ids, which the stored log-probabilities do not "
@@ -125,9 +118,9 @@ def _take_over(
     ]
     if pairs:
         ours, its = (list(side) for side in zip(*pairs, strict=True))
-        width = min(top_ids.shape[1], opinion.top_ids.shape[1])
-        top_ids[ours, :width] = opinion.top_ids[its, :width]
-        top_logprobs[ours, :width] = opinion.top_logprobs[its, :width]
+        width = min(guided.top_ids.shape[1], opinion.top_ids.shape[1])
+        guided.top_ids[ours, :width] = opinion.top_ids[its, :width]
+        guided.top_logprobs[ours, :width] = opinion.top_logprobs[its, :width]
 
 
 def _is_of(opinion: ScoredText, record: RenderedRecord) -> bool:

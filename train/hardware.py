@@ -40,13 +40,8 @@ def pick_precision(asked: Precision, device: torch.device) -> torch.dtype:
     """
     if device.type == "cuda" and asked is Precision.BFLOAT16 and not torch.cuda.is_bf16_supported():
         raise ConfigError(f"{torch.cuda.get_device_name(device)} has no bfloat16; set dtype=float32")
-    match asked:
-        case Precision.FLOAT32:
-            return torch.float32
-        case Precision.BFLOAT16:
-            return torch.bfloat16
-        case Precision.AUTO:
-            return torch.bfloat16 if _multiplies_bf16_fast(device) else torch.float32
+    half = asked is Precision.BFLOAT16 or (asked is Precision.AUTO and _multiplies_bf16_fast(device))
+    return torch.bfloat16 if half else torch.float32
 
 
 def share_out_cores() -> None:
@@ -106,9 +101,17 @@ def apply_engine(lm: Any, settings: EngineSettings) -> None:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not settings.compile:
         return
-    if (missing := _missing_to_compile(lm.device)) is not None:
-        raise ConfigError(f"engine.compile needs {missing}; set engine.compile=false")
-    for layer in decoder_layers(lm):
+    from torch.utils._triton import has_triton
+
+    for is_there, needed in (
+        (lm.device.type == "cuda", f"a GPU of NVIDIA or AMD, but the device is {lm.device.type}"),
+        (has_triton(), "Triton"),
+        (any(shutil.which(name) for name in ("cc", "gcc", "clang")), "a C compiler"),
+    ):
+        if not is_there:
+            raise ConfigError(f"engine.compile needs {needed}; set engine.compile=false")
+    layers = getattr(lm.base_model, "layers", None)
+    for layer in layers if isinstance(layers, torch.nn.ModuleList) else []:
         layer.compile()
 
 
@@ -140,12 +143,6 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in _DENSE_BF16.items() if part in name), None)
 
 
-def decoder_layers(lm: Any) -> list[Any]:
-    """The repeated layers of a transformers causal LM."""
-    layers = getattr(lm.base_model, "layers", None)
-    return list(layers) if isinstance(layers, torch.nn.ModuleList) else []
-
-
 def _multiplies_bf16_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -158,15 +155,3 @@ def cpu_capabilities() -> Mapping[str, Any]:
     """What torch knows of the processor."""
     query = getattr(torch.cpu, "get_capabilities", None)  # not in the oldest torch that we support
     return query() if query is not None else {}
-
-
-def _missing_to_compile(device: torch.device) -> str | None:
-    from torch.utils._triton import has_triton
-
-    if device.type != "cuda":
-        return f"a GPU of NVIDIA or AMD, but the device is {device.type}"
-    if not has_triton():
-        return "Triton"
-    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
-        return "a C compiler"
-    return None

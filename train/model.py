@@ -30,12 +30,10 @@ def load_small_lm(settings: AlignSettings, device: torch.device, precision: torc
         ModelError: it cannot be loaded.
         ConfigError: 4 bits where bitsandbytes or a GPU is missing.
     """
-    match settings.method:
-        case TrainingMethod.QLORA:
-            return _load_in_4_bits(settings.model, device, precision)
-        case TrainingMethod.FULL:
-            precision = torch.float32
-    return load_causal_lm(settings.model, device=str(device), dtype=str(precision).removeprefix("torch."))
+    if settings.method is TrainingMethod.QLORA:
+        return _load_in_4_bits(settings.model, device, precision)
+    stored = torch.float32 if settings.method is TrainingMethod.FULL else precision
+    return load_causal_lm(settings.model, device=str(device), dtype=str(stored).removeprefix("torch."))
 
 
 def make_trainable(lm: Any, settings: AlignSettings) -> Any:
@@ -114,8 +112,14 @@ def save_adapter(model: Any, folder: Path, base: str, weights: dict[str, Tensor]
     settings = model.peft_config["default"]
     settings.base_model_name_or_path = base
     if (first := getattr(model, _FIRST, None)) is not None:
-        weights = _difference(weights, first)
-        _double_rank(settings)
+        # B·A − B₀·A₀ as one adapter of twice the rank, [B, −B₀]·[A; A₀]: what it adds to the base as it was.
+        weights = {
+            name: torch.cat([weight, first[name]]) if "lora_A" in name else torch.cat([weight, -first[name]], dim=1)
+            for name, weight in weights.items()
+        }
+        settings.lora_alpha *= 2**0.5 if settings.use_rslora else 2  # the same factor before B·A
+        settings.r *= 2
+        settings.init_lora_weights = True
     # "auto" would ask the hub about the base model's vocabulary, which an adapter cannot change.
     model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form
@@ -157,10 +161,7 @@ def _load_in_4_bits(name: str, device: torch.device, precision: torch.dtype) -> 
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantisation = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=precision,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=precision
     )
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -174,23 +175,6 @@ def _load_in_4_bits(name: str, device: torch.device, precision: torch.dtype) -> 
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"cannot load {name!r} in 4 bits: {first_line(error)}") from None
     return CausalLM(model=model.eval(), tokenizer=load_tokenizer(name), name=name)
-
-
-def _difference(weights: dict[str, Tensor], first: dict[str, Tensor]) -> dict[str, Tensor]:
-    """B·A − B₀·A₀ as one adapter of twice the rank, [B, −B₀]·[A; A₀]: what it adds to the base as it was."""
-    difference = {}
-    for name, weight in weights.items():
-        is_a = "lora_A" in name
-        parts = [weight, first[name] if is_a else -first[name]]
-        difference[name] = torch.cat(parts, dim=0 if is_a else 1)
-    return difference
-
-
-def _double_rank(settings: Any) -> None:
-    """With the same factor before B·A, for an adapter that is put on the base as it was."""
-    settings.lora_alpha *= 2**0.5 if settings.use_rslora else 2
-    settings.r *= 2
-    settings.init_lora_weights = True
 
 
 def _leave_casts_to_autocast(model: Any) -> None:

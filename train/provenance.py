@@ -27,9 +27,8 @@ def file_sha256(path: Path) -> str:
 
 def folder_sha256(folder: Path, *, leave_out: str) -> dict[str, str]:
     """Digest of every file below ``folder`` by its relative path, but for the one that will hold the digests."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = {path.relative_to(folder).as_posix(): path for path in files}
-    return {name: file_sha256(path) for name, path in names.items() if name != leave_out}
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: file_sha256(path) for name, path in files.items() if name != leave_out}
 
 
 def combined_sha256(folder: Path) -> str:
@@ -74,12 +73,6 @@ def git_commit() -> str | None:
         return None  # installed into somebody else's repository
     commit = _git(source.parent, "rev-parse", "HEAD")
     return f"{commit}-dirty" if _git(source.parent, "status", "--porcelain", "--untracked-files=no") else commit
-
-
-def base_revision(model: Any) -> str | None:
-    """The hub's commit that a model was loaded from; None for a local one."""
-    commit = getattr(model.config, "_commit_hash", None)
-    return str(commit) if commit else None
 
 
 def describe_hardware() -> dict[str, Any]:

@@ -23,7 +23,6 @@ from terselm.models import CausalLM, load_causal_lm
 from terselm.train.card import model_card
 from terselm.train.hardware import quieten_libraries
 from terselm.train.provenance import (
-    base_revision,
     combined_sha256,
     describe_hardware,
     describe_versions,
@@ -140,10 +139,10 @@ def publish(run: Path, to: Path, form: Form | None = None) -> PublishedCheckpoin
             reference = Path(scratch) / "reference.safetensors"
             _write_weights(base, trained, form, partial, reference)
             difference = check_logits(partial, reference, form.torch_dtype)
-            for name in ("config.yaml", "metrics.json"):
+            for name in ("config.yaml", "metrics.json", *(page for page in (REPORT, PAGE) if (run / page).is_file())):
                 shutil.copyfile(run / name, partial / name)
-            report = _copy_report(run, partial)
-            card = model_card(form.address or to.name, base.name, metrics, report, adapter_only=form.adapter_only)
+            name, report = form.address or to.name, read_report(run)
+            card = model_card(name, base.name, metrics, report, adapter_only=form.adapter_only)
             (partial / "README.md").write_text(card, encoding="utf-8")
             provenance = _provenance(metrics, origin, trained, form, difference)
             provenance["sha256"] = folder_sha256(partial, leave_out=PROVENANCE)
@@ -161,24 +160,13 @@ def publish_to_hub(run: Path, place: HubPlace, form: Form | None = None) -> str:
         ConfigError: there is no token.
         CheckpointError: as `publish`, or the hub is out of reach, refuses, or has the tag already.
     """
-    check_access(place)
+    with _clear_hub_errors(f"cannot publish to {place.repo}"):
+        _api().whoami()  # better to know now than after the work
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / place.repo.split("/")[1]
         publish(run, folder, replace(form or Form(), address=place.repo))
         digest = read_json(folder / PROVENANCE)["trained_sha256"]
         return upload(folder, place, default_tag=f"run-{digest[:12]}")
-
-
-def check_access(place: HubPlace) -> None:
-    """Find out before the work begins whether the hub can be reached with this token.
-
-    Raises:
-        ConfigError: there is no token.
-        CheckpointError: the hub does not answer, or refuses the token.
-    """
-    api = _api()
-    with _clear_hub_errors(f"cannot publish to {place.repo}"):
-        api.whoami()
 
 
 def upload(folder: Path, place: HubPlace, *, default_tag: str) -> str:
@@ -199,13 +187,12 @@ def upload(folder: Path, place: HubPlace, *, default_tag: str) -> str:
             raise CheckpointError(
                 f"{place.repo} has a tag {tag} already: this was published before; choose another --tag"
             )
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        names = [path.relative_to(folder).as_posix() for path in files]
-        old = [name for name in api.list_repo_files(place.repo) if name not in (*names, *_KEPT)]
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        old = [name for name in api.list_repo_files(place.repo) if name not in (*files, *_KEPT)]
         commit = api.create_commit(
             place.repo,
             [
-                *(CommitOperationAdd(name, str(path)) for name, path in zip(names, files, strict=True)),
+                *(CommitOperationAdd(name, str(path)) for name, path in files.items()),
                 *(CommitOperationDelete(name) for name in old),
             ],
             commit_message=f"Publish {tag} with TerseLM",
@@ -231,15 +218,9 @@ def _load_base(trained: Path, metrics: dict[str, Any]) -> tuple[CausalLM, dict[s
             f"{trained} was trained on another base: {name!r} has other weights now; publish with the weights it was "
             "trained on, or run the alignment again"
         )
-    origin = {"name": name, "revision": base_revision(base.model), "weights_sha256": weights_sha256(base.model)}
+    revision = getattr(base.model.config, "_commit_hash", None)  # of the hub; a local one has none
+    origin = {"name": name, "revision": revision or None, "weights_sha256": weights_sha256(base.model)}
     return base, origin
-
-
-def _copy_report(run: Path, to: Path) -> dict[str, Any] | None:
-    for name in (REPORT, PAGE):
-        if (run / name).is_file():
-            shutil.copyfile(run / name, to / name)
-    return read_report(run)
 
 
 @contextmanager

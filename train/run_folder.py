@@ -67,12 +67,14 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"{self.path} is a file; set run_dir to a folder")
-        if any((self.path / name).exists() for name in (ADAPTER, MODEL)):
-            self._refuse_other(_read_key(self.metrics), "a finished run")
-            return True
-        for checkpoint in self._marked_checkpoints():
-            self._refuse_other(_read_key(checkpoint / _WHOLE), "an unfinished run")
-        return False
+        finished = any((self.path / name).exists() for name in (ADAPTER, MODEL))
+        for mark in [self.metrics] if finished else [folder / _WHOLE for folder in self._marked_checkpoints()]:
+            if _read_key(mark) != self.key:
+                raise ConfigError(
+                    f"{self.path} holds {'a finished' if finished else 'an unfinished'} run with other settings or "
+                    "data; set another run_dir or remove this folder"
+                )
+        return finished
 
     def begin(self, config_yaml: str, *, resume: bool = True) -> Path | None:
         """Write the config, clear away what a killed run left half-made; the last whole checkpoint, if any.
@@ -141,12 +143,6 @@ class RunFolder:
     def _marked_checkpoints(self) -> list[Path]:
         """Those that were whole once, in the order of their steps."""
         return sorted((path.parent for path in self.checkpoints.glob(f"checkpoint-*/{_WHOLE}")), key=_step)
-
-    def _refuse_other(self, key: str, what: str) -> None:
-        if key != self.key:
-            raise ConfigError(
-                f"{self.path} holds {what} with other settings or data; set another run_dir or remove this folder"
-            )
 
 
 def finished_result(run: Path) -> Path:

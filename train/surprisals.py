@@ -68,14 +68,13 @@ def surprisals(lm: Any, hidden: Tensor, wanted: Tensor, transform: LogitTransfor
     head: Any = lm.get_output_embeddings()
     if not _is_plain(head):
         return _through_the_module(head, hidden, wanted, transform)
-    cap = transform.cap
     if transform.scale != 1:
         hidden = hidden * transform.scale
     if wanted.dim() == 1 and not head.weight.requires_grad:
-        frozen: Tensor = _FrozenHead.apply(hidden, head.weight, wanted, cap)  # type: ignore[no-untyped-call]
+        frozen: Tensor = _FrozenHead.apply(hidden, head.weight, wanted, transform.cap)  # type: ignore[no-untyped-call]
         return frozen
     columns = wanted if wanted.dim() == 2 else wanted[:, None]
-    values: Tensor = _AnyHead.apply(hidden, head.weight, columns, cap)  # type: ignore[no-untyped-call]
+    values: Tensor = _AnyHead.apply(hidden, head.weight, columns, transform.cap)  # type: ignore[no-untyped-call]
     return values.view_as(wanted)
 
 
@@ -146,11 +145,6 @@ def _matmul_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else weight.dtype
 
 
-def _logits(hidden: Tensor, weight: Tensor, cap: float | None) -> Tensor:
-    """``(n, V)``; float32 if they are capped."""
-    return soft_cap(hidden @ weight.T, cap)
-
-
 class _FrozenHead(Function):
     """The slope of each surprisal by its hidden state is made along the way, so the backward pass is one product.
 
@@ -166,7 +160,7 @@ class _FrozenHead(Function):
             for rows in _chunks(len(hidden), len(weight), hidden.device):
                 states = hidden[rows].to(matrix.dtype)
                 if slopes is None:
-                    nats[rows] = surprisal_kernel.nll(_logits(states, matrix, cap), wanted[rows])
+                    nats[rows] = surprisal_kernel.nll(soft_cap(states @ matrix.T, cap), wanted[rows])
                 else:
                     nats[rows], by_logit = surprisal_kernel.nll_and_slopes(states @ matrix.T, wanted[rows], cap)
                     slopes[rows] = by_logit @ matrix
@@ -193,7 +187,7 @@ class _AnyHead(Function):
         totals = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(len(hidden), len(weight), hidden.device):
-                logits = _logits(hidden[rows].to(ctx.dtype), matrix, cap).float()
+                logits = soft_cap(hidden[rows].to(ctx.dtype) @ matrix.T, cap).float()
                 totals[rows] = logits.logsumexp(-1)
                 nats[rows] = totals[rows, None] - logits.gather(1, wanted[rows])
         ctx.save_for_backward(hidden, weight, wanted, totals)
@@ -207,7 +201,7 @@ class _AnyHead(Function):
         by_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for rows in _chunks(len(hidden), len(weight), hidden.device):
             states = hidden[rows].to(ctx.dtype)
-            logits = _logits(states, matrix, ctx.cap).float()
+            logits = soft_cap(states @ matrix.T, ctx.cap).float()
             slopes = (logits - totals[rows, None]).exp_().mul_(upstream[rows].sum(1, keepdim=True))
             slopes.scatter_add_(1, wanted[rows], -upstream[rows])
             if ctx.cap is not None:

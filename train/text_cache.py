@@ -135,7 +135,9 @@ def tokenised(request: TextRequest) -> TokenisedTexts:
         with FileLock(kept / f"{request.key}.lock"):
             if not folder.is_dir():
                 remove_partials(folder)
-                _remove_unused(kept)
+                for old in kept.iterdir():  # a run that still reads it keeps its files, as they are mapped
+                    if old.is_dir() and time.time() - old.stat().st_mtime > _KEPT_SECONDS:
+                        shutil.rmtree(old, ignore_errors=True)
                 with atomic_folder(folder) as partial:
                     _write(request, partial)
         os.utime(folder)
@@ -152,7 +154,8 @@ def _write(request: TextRequest, folder: Path) -> None:
     with ExampleWriter(folder / "training", guided=encoding.guidance is not None, top_k=encoding.top_k) as writer:
         for source in request.sources:
             examples = 0
-            for records in _chunks(_training_records(source, request, held_out)):
+            training = _training_records(source, request, held_out)
+            while records := list(islice(training, _AT_ONCE)):
                 encoded = encode_records(records, encoding, first=counts["records"])
                 writer.append(encoded.examples)
                 examples += len(encoded.examples)
@@ -181,9 +184,8 @@ def _write_held_out(request: TextRequest, records: list[Record], folder: Path) -
     (folder / "held_out").mkdir()
     with ExampleWriter(folder / "held_out", guided=False, top_k=0) as writer:
         writer.append(encoded.examples)
-    lines = (dump_object(record_to_object(record)) + "\n" for record in records)
     with (folder / "held_out.jsonl").open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(lines)
+        file.writelines(dump_object(record_to_object(record)) + "\n" for record in records)
     return {name: getattr(encoded, name) for name in _COUNTS}
 
 
@@ -203,18 +205,6 @@ def _read(folder: Path) -> TokenisedTexts:
     )
 
 
-def _remove_unused(kept: Path) -> None:
-    """What no run has read for a month; a run that still does keeps its files, as they are mapped."""
-    for folder in kept.iterdir():
-        if folder.is_dir() and time.time() - folder.stat().st_mtime > _KEPT_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
-    while chunk := list(islice(records, _AT_ONCE)):
-        yield chunk
-
-
 class ExampleWriter:
     """Appends examples to the columns of a folder; a context that closes the files.
 
@@ -227,8 +217,8 @@ class ExampleWriter:
     def __init__(self, folder: Path, *, guided: bool, top_k: int) -> None:
         self._folder = folder
         self._top_k = top_k
-        names = [*_TOKENS, *_EXAMPLES, *(_OPINIONS if guided else ()), *(_LIKELIEST if guided and top_k else ())]
-        self._names = names
+        self._names = [*_TOKENS, *_EXAMPLES, *(_OPINIONS if guided else ())]
+        self._names += _LIKELIEST if guided and top_k else ()
         self._stack = ExitStack()
         self._files: dict[str, BinaryIO] = {}
 

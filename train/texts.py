@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from terselm.data.rows import HUB
 from terselm.errors import ConfigError, DataFormatError
 from terselm.extras import first_line
 from terselm.models import ALIASES, CausalLM, load_causal_lm, resolve
-from terselm.train.examples import EncodedRecords, Encoding, GuidanceSource, nothing_to_count
+from terselm.train.examples import EncodedRecords, Encoding, GuidanceSource
 from terselm.train.held_out import HeldOutText
 from terselm.train.packing import Row, pack_lengths
 from terselm.train.provenance import file_sha256, folder_sha256
@@ -85,7 +85,10 @@ def prepare_texts(settings: AlignSettings, lm: CausalLM, sources: list[RecordSou
     places = examples_of_epoch(cached.sizes, sources, seed)
     for records, encoded in ((cached.records, places), (len(cached.held_out_records), cached.held_out.examples)):
         if not len(encoded):
-            raise nothing_to_count(records, request.encoding)
+            raise ConfigError(
+                f"none of {records} records has a token to count in rows of {row_length} tokens; raise "
+                "data.max_length or set data.overlong=split"
+            )
     if cached.training.unguided == cached.records:
         raise ConfigError(
             f"{settings.objective.log_probabilities} holds no text of the {cached.records} training records; make it "
@@ -180,10 +183,7 @@ def model_fingerprint(name: str) -> str:
         return _path_fingerprint(place)
     from huggingface_hub import model_info
 
-    try:
-        return f"{name} {model_info(name).sha}"
-    except Exception as error:  # of whichever HTTP library the hub's client is built on
-        raise ConfigError(f"the hub does not say which revision {name!r} is of: {first_line(error)}") from None
+    return _hub_fingerprint(name, lambda: model_info(name).sha)
 
 
 def examples_of_epoch(sizes: list[int], sources: list[RecordSource], seed: int) -> NDArray[np.int64]:
@@ -210,26 +210,24 @@ def examples_of_epoch(sizes: list[int], sources: list[RecordSource], seed: int) 
 
 
 def _content(name: str) -> str:
-    path = Path(name)
     if name.startswith(HUB):
-        return _revision(name)
+        from huggingface_hub import dataset_info
+
+        data_set = name.removeprefix(HUB).split("#")[0].split(":")[0]
+        return _hub_fingerprint(name, lambda: dataset_info(data_set).sha, "; a file on this machine needs no hub")
     try:
-        return _path_fingerprint(path)
+        return _path_fingerprint(Path(name))
     except OSError as error:
-        raise DataFormatError(path, None, f"cannot be read: {first_line(error)}") from None
+        raise DataFormatError(Path(name), None, f"cannot be read: {first_line(error)}") from None
 
 
 def _path_fingerprint(path: Path) -> str:
     return json.dumps(folder_sha256(path, leave_out="")) if path.is_dir() else file_sha256(path)
 
 
-def _revision(name: str) -> str:
-    from huggingface_hub import dataset_info
-
+def _hub_fingerprint(name: str, ask: Callable[[], str | None], way_out: str = "") -> str:
     try:
-        return f"{name} {dataset_info(name.removeprefix(HUB).split('#')[0].split(':')[0]).sha}"
+        return f"{name} {ask()}"
     except Exception as error:  # of whichever HTTP library the hub's client is built on
-        raise ConfigError(
-            f"the hub does not say which revision {name!r} is of: {first_line(error)}; a file on this machine needs "
-            "no hub"
-        ) from None
+        reason = f"the hub does not say which revision {name!r} is of: {first_line(error)}"
+        raise ConfigError(reason + way_out) from None

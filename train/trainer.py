@@ -77,11 +77,7 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         return list(islice(epoch_iterator, num_batches)), self._counts.units[step].tolist()
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """This pass's share of the step's loss; times the processes, over which DDP takes the mean."""
         surprisals = model(**{name: inputs[name] for name in MODEL_INPUTS})
@@ -242,16 +238,12 @@ class StepCounts:
     @classmethod
     def of(cls, schedule: Sequence[Row], rows_per_step: int, objective: Mixture) -> StepCounts:
         """Count; a row that comes again in a later epoch is counted once."""
-        known: dict[int, tuple[int, NDArray[np.float64]]] = {}
-        tokens, units = [], []
-        for row in schedule:
-            if id(row) not in known:
-                known[id(row)] = (sum(len(example) for example in row), objective.units(row))
-            of_row = known[id(row)]
-            tokens.append(of_row[0])
-            units.append(of_row[1])
+        distinct = {id(row): row for row in schedule}
+        tokens = {key: sum(map(len, row)) for key, row in distinct.items()}
+        units = {key: objective.units(row) for key, row in distinct.items()}
         steps = len(schedule) // rows_per_step
+        counted = schedule[: steps * rows_per_step]
         return cls(
-            np.asarray(tokens, dtype=np.int64)[: steps * rows_per_step].reshape(steps, -1).sum(axis=1),
-            np.stack(units)[: steps * rows_per_step].reshape(steps, rows_per_step, -1).sum(axis=1),
+            np.array([tokens[id(row)] for row in counted], dtype=np.int64).reshape(steps, -1).sum(axis=1),
+            np.stack([units[id(row)] for row in counted]).reshape(steps, rows_per_step, -1).sum(axis=1),
         )

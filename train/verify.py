@@ -49,19 +49,12 @@ def verify(folder: Path) -> float:
         recorded, dtype = provenance["sha256"], getattr(torch, provenance["weights"]["stored_in"])
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{folder / PROVENANCE} is damaged: it does not say what was published") from None
-    check_files(folder, recorded)
-    return check_logits(folder, folder / KEPT_REFERENCE, dtype)
-
-
-def check_files(folder: Path, recorded: dict[str, str]) -> None:
-    """Raise CheckpointError unless the folder holds these files, by their digests, and no others."""
-    digests = folder_sha256(folder, leave_out=PROVENANCE)
-    ours = {
-        name: digest for name, digest in digests.items() if name != ".gitattributes" and not name.startswith(".cache/")
-    }
-    wrong = sorted(name for name in recorded.keys() | ours.keys() if recorded.get(name) != ours.get(name))
-    if wrong:
+    files = folder_sha256(folder, leave_out=PROVENANCE)
+    hubs_own = {name for name in files if name == ".gitattributes" or name.startswith(".cache/")}
+    ours = {name: digest for name, digest in files.items() if name not in hubs_own}
+    if wrong := sorted(name for name in recorded.keys() | ours.keys() if recorded.get(name) != ours.get(name)):
         raise CheckpointError(f"{folder} is not as it was published; these files differ: {', '.join(wrong)}")
+    return check_logits(folder, folder / KEPT_REFERENCE, dtype)
 
 
 def check_logits(folder: Path, reference: Path, dtype: torch.dtype) -> float:
@@ -81,7 +74,8 @@ def check_logits(folder: Path, reference: Path, dtype: torch.dtype) -> float:
 
 def probe(tokenizer: Any, vocab_size: int) -> Tensor:
     """``(2, 64)`` int64: text of many kinds, and noise, which reaches the rarely used rows of the embedding."""
-    text = (_text_ids(tokenizer) * _LENGTH)[:_LENGTH]
+    ids = list(tokenizer(_TEXT, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    text = (ids * _LENGTH)[:_LENGTH]
     noise = torch.randint(0, vocab_size, (_LENGTH,), generator=torch.Generator().manual_seed(0))
     return torch.stack([torch.tensor(text), noise])
 
@@ -151,10 +145,6 @@ def _load(folder: Path) -> tuple[Any, Any]:
 
     lm = load_causal_lm(folder, device="cpu", dtype="float32")
     return lm.model, lm.tokenizer
-
-
-def _text_ids(tokenizer: Any) -> list[int]:
-    return list(tokenizer(_TEXT, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
 if __name__ == "__main__":

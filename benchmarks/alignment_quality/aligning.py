@@ -19,8 +19,7 @@ from terselm.models import CausalLM, load_causal_lm
 from terselm.train.examples import Example
 from terselm.train.hardware import apply_engine
 from terselm.train.model import add_adapter
-from terselm.train.objectives import Mixture
-from terselm.train.objectives.words import by_word
+from terselm.train.objectives import Mixture, by_word
 from terselm.train.packing import MODEL_INPUTS, pack_examples
 from terselm.train.run_folder import RunFolder
 from terselm.train.settings import (

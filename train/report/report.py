@@ -111,10 +111,6 @@ class ReportText:
     prompt: int
     text: str
 
-    @property
-    def has_enough_words(self) -> bool:
-        return len(word_spans(self.text)) >= LEAST_WORDS
-
 
 def write_held_out_texts(
     run: Path, prompt_of: NDArray[np.int64], texts: Sequence[str], *, most: int, seed: int
@@ -167,40 +163,31 @@ def read_words(names: Sequence[str], texts: Sequence[str], *, device: str, dtype
 def _bits_per_byte(metrics: dict[str, Any]) -> dict[str, Any]:
     """In the form of `Measure.describe`; measured on the responses when the run ended."""
     held_out = metrics["held_out"]
-    difference = held_out["difference"]
-    low, high = difference["bits_per_byte_interval"]
+    low, high = held_out["difference"]["bits_per_byte_interval"]
     return {
-        "before": held_out["before"]["bits_per_byte"],
-        "after": held_out["after"]["bits_per_byte"],
-        "difference": difference["bits_per_byte"],
+        **{name: held_out[name]["bits_per_byte"] for name in ("before", "after", "difference")},
         "interval": [low, high],
-        "confidence": difference["confidence"],
-        "resamples": difference["resamples"],
+        **{name: held_out["difference"][name] for name in ("confidence", "resamples")},
         "verdict": verdict_on((low, high), higher_is_better=False).value,
-        "prompts": held_out["prompts"],
-        "records": held_out["records"],
+        **{name: held_out[name] for name in ("prompts", "records")},
     }
 
 
 def _words(run: Path, settings: AlignSettings, target: str, measurement: Measurement) -> dict[str, Any]:
     texts = read_held_out_texts(run)
-    long = [text for text in texts if text.has_enough_words]
+    long = [text for text in texts if len(word_spans(text.text)) >= LEAST_WORDS]
     if not long:
         raise CheckpointError(f"none of the {len(texts)} held-out texts of {run} has {LEAST_WORDS} words to compare")
     say(f"reading {len(long)} held-out texts with {settings.model}, {run} and {target}")
-    before, after, theirs = read_words(
-        [settings.model, str(run), target],
-        [text.text for text in long],
-        device=measurement.device,
-        dtype=measurement.dtype,
-    )
+    names, dtype = [settings.model, str(run), target], measurement.dtype
+    before, after, theirs = read_words(names, [text.text for text in long], device=measurement.device, dtype=dtype)
     measures = compare_words(before, after, theirs, [text.prompt for text in long])
     return {
         "texts": len(long),
         "prompts": len({text.prompt for text in long}),
         "words": sum(len(text.text.split()) for text in long),
         "too_short": len(texts) - len(long),
-        "dtype": measurement.dtype,
+        "dtype": dtype,
         "measures": {name: measure.describe(settings.seed) for name, measure in measures.items()},
     }
 
@@ -212,30 +199,24 @@ def _draw_page(report: dict[str, Any], loss_history: list[dict[str, Any]], path:
     rows = 1 if report["words"] is None else 2
     figure = Figure(figsize=(10, 4 * rows + 0.8), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False)
-    _plot_bits_per_byte(axes[0][0], report["bits_per_byte"])
-    _plot_loss(axes[0][1], loss_history)
+    bits, losses = axes[0]
+    measure = report["bits_per_byte"]
+    bars = bits.bar(["before", "after"], [measure["before"], measure["after"]], color=[_BEFORE, _AFTER], width=0.6)
+    bits.bar_label(bars, fmt="%.3f", padding=2)
+    bits.set_ylabel("bits per byte of held-out responses")
+    bits.set_title(sentence("bits_per_byte", measure), fontsize=9)
+    losses.plot([entry["tokens"] for entry in loss_history], [entry["loss"] for entry in loss_history], color=_AFTER)
+    losses.set_xlabel("training tokens")
+    losses.set_ylabel("training loss")
     if report["words"] is not None:
         _plot_before_and_after(axes[1][0], report["words"]["measures"])
         _plot_gap_closed(axes[1][1], report["words"]["measures"])
+    for each in axes.flat:
+        each.spines[["top", "right"]].set_visible(False)
     towards = f" towards {report['target']}" if report["target"] else ""
     figure.suptitle(f"Alignment of {report['model']}{towards}")
     with atomic_file(path, binary=True) as file:
         figure.savefig(file, format="png", dpi=120)
-
-
-def _plot_bits_per_byte(axes: Any, measure: dict[str, Any]) -> None:
-    bars = axes.bar(["before", "after"], [measure["before"], measure["after"]], color=[_BEFORE, _AFTER], width=0.6)
-    axes.bar_label(bars, fmt="%.3f", padding=2)
-    axes.set_ylabel("bits per byte of held-out responses")
-    axes.set_title(sentence("bits_per_byte", measure), fontsize=9)
-    _clean(axes)
-
-
-def _plot_loss(axes: Any, history: list[dict[str, Any]]) -> None:
-    axes.plot([entry["tokens"] for entry in history], [entry["loss"] for entry in history], color=_AFTER)
-    axes.set_xlabel("training tokens")
-    axes.set_ylabel("training loss")
-    _clean(axes)
 
 
 def _plot_before_and_after(axes: Any, measures: dict[str, Any]) -> None:
@@ -248,7 +229,6 @@ def _plot_before_and_after(axes: Any, measures: dict[str, Any]) -> None:
     axes.set_yticks(range(len(names)), [SHORT_LABELS[name] for name in names])
     axes.set_xlabel("agreement with the target (1 is the target itself)")
     axes.legend(frameon=False, fontsize=8)
-    _clean(axes)
 
 
 def _plot_gap_closed(axes: Any, measures: dict[str, Any]) -> None:
@@ -263,8 +243,3 @@ def _plot_gap_closed(axes: Any, measures: dict[str, Any]) -> None:
     axes.axvline(0, color=_INK, linewidth=0.8)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel("share of the way to the target (95% interval)")
-    _clean(axes)
-
-
-def _clean(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
