@@ -81,7 +81,7 @@ def generate(lm: CausalLM, queries: Sequence[Query], limits: Limits) -> list[Ans
     from terselm.models.reading import cache_argument, cache_of
 
     pieces: dict[int, str] = {}
-    rows = [_Row(lm, query, limits, pieces) for query in queries]
+    rows = [_Reply(lm, query, limits, pieces) for query in queries]
     alive, cache = rows, None
     ids, mask = _left_pad([row.prompt for row in rows], lm)  # (B, P) each
     with torch.inference_mode():
@@ -111,7 +111,7 @@ def generate(lm: CausalLM, queries: Sequence[Query], limits: Limits) -> list[Ans
 
 
 @dataclass
-class _Row:
+class _Reply:
     """A query on its way."""
 
     lm: CausalLM
@@ -175,7 +175,7 @@ class _Row:
         return str(self.lm.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _choose(logits: Tensor, rows: Sequence[_Row], limits: Limits) -> Tensor:
+def _choose(logits: Tensor, rows: Sequence[_Reply], limits: Limits) -> Tensor:
     """The next token of each row: the likeliest, or one drawn.
 
     Args:

@@ -27,7 +27,13 @@ from terselm.train.held_out import HeldOutText, compare_scores, score_held_out
 from terselm.train.model import gather_trained, load_small_lm, make_trainable, save_trained
 from terselm.train.provenance import describe_hardware, describe_versions, git_commit, weights_sha256
 from terselm.train.report.measures import sentence
-from terselm.train.report.report import REPORT, Measurement, report_target, write_alignment_report, write_held_out_texts
+from terselm.train.report.report import (
+    REPORT,
+    ReportOptions,
+    report_target,
+    write_alignment_report,
+    write_held_out_texts,
+)
 from terselm.train.run_folder import ADAPTER, MODEL, RunFolder, clear_disk_errors, run_key
 from terselm.train.settings import AlignSettings, TrainingMethod
 from terselm.train.surprisals import give_surprisals
@@ -84,7 +90,7 @@ def align(settings: AlignSettings, *, resume: bool = True, dry_run: bool = False
 def _report(folder: RunFolder, target: str | None, state: PartialState) -> None:
     """Write the report, and say the part of it that has not been said yet."""
     gc.collect()  # the trained model, in whose place others are read
-    report = write_alignment_report(folder.path, Measurement(target=target, device=str(state.device)))
+    report = write_alignment_report(folder.path, ReportOptions(target=target, device=str(state.device)))
     if report["words"] is not None:
         say("\n".join(sentence(name, measure) for name, measure in report["words"]["measures"].items()))
     say(f"report in {folder.path / REPORT}")

@@ -19,7 +19,7 @@ from terselm.statistics import word_spans
 from terselm.train.publish import publish
 from terselm.train.report.measures import LEAST_WORDS, sentence, summary
 from terselm.train.report.report import (
-    Measurement,
+    ReportOptions,
     read_held_out_texts,
     read_report,
     read_words,
@@ -63,7 +63,7 @@ def test_words_are_read_as_the_model_itself_would(tiny_model: Path) -> None:
 
 
 def test_a_target_that_is_the_aligned_model_itself_is_reached(run: Path, finished: Script) -> None:
-    report = write_alignment_report(run, Measurement(target=str(finished.run), device="cpu"))
+    report = write_alignment_report(run, ReportOptions(target=str(finished.run), device="cpu"))
     words = report["words"]
     texts = read_held_out_texts(run)
     long = [text for text in texts if len(text.text.split()) >= LEAST_WORDS]
@@ -80,7 +80,7 @@ def test_a_null_result_is_called_one(run: Path, tiny_model: Path) -> None:
     """The base as the target: the aligned model can only have moved away from it."""
     measure = {"difference": 0.01, "interval": [-0.02, 0.03], "verdict": "no difference shown"}
     assert sentence("spearman", measure).startswith("rank correlation of word surprisals: no difference was shown, ")
-    report = write_alignment_report(run, Measurement(target=str(tiny_model), device="cpu"))
+    report = write_alignment_report(run, ReportOptions(target=str(tiny_model), device="cpu"))
     assert report["words"]["measures"]["spearman"]["verdict"] == "worse"
     assert "gap_closed" not in report["words"]["measures"]["spearman"]
     assert "**worse**" in summary(report)
@@ -98,13 +98,13 @@ def test_the_command_prints_a_table(run: Path, finished: Script) -> None:
 def test_a_run_that_is_not_finished_has_no_report(run: Path) -> None:
     shutil.rmtree(run / "adapter")
     with pytest.raises(CheckpointError, match="holds no finished run"):
-        write_alignment_report(run, Measurement())
+        write_alignment_report(run, ReportOptions())
 
 
 def test_a_target_that_is_not_there_changes_nothing(run: Path) -> None:
     before = (run / "report.json").read_bytes()
     with pytest.raises(ModelError, match=r"no model at \./nowhere"):
-        write_alignment_report(run, Measurement(target="./nowhere"))
+        write_alignment_report(run, ReportOptions(target="./nowhere"))
     assert (run / "report.json").read_bytes() == before
 
 

@@ -35,7 +35,7 @@ _BEFORE, _AFTER, _INK = "#9aa5b1", "#0b7285", "#343a40"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement:
+class ReportOptions:
     """How the words of held-out text are measured.
 
     Attributes:
@@ -53,7 +53,7 @@ def report_target(settings: AlignSettings) -> str | None:
     return settings.report.target or settings.objective.target or None
 
 
-def write_alignment_report(run: Path, measurement: Measurement) -> dict[str, Any]:
+def write_alignment_report(run: Path, measurement: ReportOptions) -> dict[str, Any]:
     """Measure, and write ``report.json`` and ``report.png`` into the run folder.
 
     Raises:
@@ -173,7 +173,7 @@ def _bits_per_byte(metrics: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _words(run: Path, settings: AlignSettings, target: str, measurement: Measurement) -> dict[str, Any]:
+def _words(run: Path, settings: AlignSettings, target: str, measurement: ReportOptions) -> dict[str, Any]:
     texts = read_held_out_texts(run)
     long = [text for text in texts if len(word_spans(text.text)) >= LEAST_WORDS]
     if not long:

@@ -71,7 +71,7 @@ def report(
     """Say how much more alike a small LM and its target have become; writes report.json and report.png."""
     need("peft", "train")
     from terselm.train.report.measures import summary
-    from terselm.train.report.report import Measurement, write_alignment_report
+    from terselm.train.report.report import ReportOptions, write_alignment_report
 
     quieten_transformers()
-    print(summary(write_alignment_report(run, Measurement(target=target, device=device, dtype=dtype))))
+    print(summary(write_alignment_report(run, ReportOptions(target=target, device=device, dtype=dtype))))

@@ -56,7 +56,7 @@ class RowScores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Piece:
+class _WindowPart:
     """A window of a row: ``ids`` ``(S,)`` after the start token, of which the first ``skip`` are not to be scored."""
 
     row: int
@@ -147,7 +147,7 @@ class RowScorer:
         """The most tokens of a piece: the window, but for the start token."""
         return self._lm.window - 1
 
-    def _read_what_fits(self, pieces: Sequence[_Piece], top_k: int) -> list[RowScores]:
+    def _read_what_fits(self, pieces: Sequence[_WindowPart], top_k: int) -> list[RowScores]:
         return in_halves(
             lambda some: self._read(some, top_k),
             pieces,
@@ -156,7 +156,7 @@ class RowScorer:
         )
 
     @torch.inference_mode()
-    def _read(self, pieces: Sequence[_Piece], top_k: int) -> list[RowScores]:
+    def _read(self, pieces: Sequence[_WindowPart], top_k: int) -> list[RowScores]:
         lengths = np.array([len(piece.ids) for piece in pieces])
         skips = np.array([piece.skip for piece in pieces])
         ids = np.full((len(pieces), self._width(int(lengths.max())) + 1), self._lm.start_id, dtype=np.int64)
@@ -207,7 +207,7 @@ def token_batches(lengths: Sequence[int], tokens_at_once: int, free_padding: int
         yield batch
 
 
-def _pieces(row: int, ids: NDArray[np.int64], skip: int, window: Window, room: int) -> Iterator[_Piece]:
+def _pieces(row: int, ids: NDArray[np.int64], skip: int, window: Window, room: int) -> Iterator[_WindowPart]:
     """The windows in which a row is read, in order, but for those in which nothing is to be scored."""
     half = room // 2 if window is Window.OVERLAP else 0
     start = 0  # of the window
@@ -215,7 +215,7 @@ def _pieces(row: int, ids: NDArray[np.int64], skip: int, window: Window, room: i
     while begin < len(ids):
         end = min(start + room, len(ids))
         if end > begin:
-            yield _Piece(row=row, ids=ids[start:end], skip=begin - start)
+            yield _WindowPart(row=row, ids=ids[start:end], skip=begin - start)
             begin = end
         start += room - half
 
