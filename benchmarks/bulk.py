@@ -26,7 +26,7 @@ from typing import Any
 
 from against_llmlingua.prompts import PromptMaker, bundled, gsm8k
 
-from terselm.data.jsonl import read_objects
+from terselm.data.rows import read_objects
 from terselm.errors import TerseLMError
 from terselm.files import atomic_file
 from terselm.models import load_tokenizer

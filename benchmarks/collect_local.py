@@ -23,10 +23,10 @@ import numpy as np
 from terselm.data.collection.collect import collect
 from terselm.data.collection.export import logprobs_of
 from terselm.data.collection.settings import CollectSettings, LogProbSettings, PromptTemplate
+from terselm.data.instructions import load_instructions
 from terselm.data.logprobs import LogProbFile
 from terselm.data.records import read_records
-from terselm.data.sources import load_instructions
-from terselm.data.texts import record_text
+from terselm.data.schema import record_text
 from terselm.files import atomic_file
 from terselm.models import load_causal_lm
 

@@ -91,8 +91,8 @@ def _loop_start(text: str, unfinished: bool) -> int | None:
 
 def _split(pattern: str, text: str, equal_numbers: bool) -> list[tuple[int, str]]:
     """Each match, without regard to case, with its place in the text."""
-    found = ((match.start(), match[0].casefold()) for match in re.finditer(pattern, text))
-    return [(start, re.sub(r"\d+", "0", item) if equal_numbers else item) for start, item in found]
+    matches = ((match.start(), match[0].casefold()) for match in re.finditer(pattern, text))
+    return [(start, re.sub(r"\d+", "0", item) if equal_numbers else item) for start, item in matches]
 
 
 def _periodic_tail(items: list[tuple[int, str]], least: int) -> int | None:

@@ -6,23 +6,26 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any
 
-from terselm.data.jsonl import Json
+from terselm.data.rows import Json
 from terselm.data.schema import Generation, Message, Record, Role, Usage, prompt_hash, record_id
 
 
 class Format(StrEnum):
-    """Shapes of one line; the keys that tell them apart."""
+    """Shapes of one line; the keys that tell them apart.
+
+    Attributes:
+        RECORDS: our own: messages, response; id, generation and category besides.
+        ALPACA: instruction, output (or response); input besides.
+        SHAREGPT: conversations: a list of from, value.
+        MESSAGES: OpenAI chat messages: a list of role, content that ends with the assistant.
+        PROMPT_COMPLETION: prompt, completion: two strings.
+    """
 
     RECORDS = "records"
-    """Our own: messages, response; id, generation and category besides."""
     ALPACA = "alpaca"
-    """instruction, output (or response); input besides."""
     SHAREGPT = "sharegpt"
-    """conversations: a list of from, value."""
     MESSAGES = "messages"
-    """OpenAI chat messages: a list of role, content that ends with the assistant."""
     PROMPT_COMPLETION = "prompt_completion"
-    """prompt, completion: two strings."""
 
 
 FOREIGN_ROLES: Mapping[str, Role] = {
@@ -52,15 +55,15 @@ def detect_format(value: Json) -> Format:
         return Format.PROMPT_COMPLETION
     if "instruction" in keys:
         return Format.ALPACA
-    found = ", ".join(map(repr, keys)) or "none"
+    named = ", ".join(map(repr, keys)) or "none"
     raise ValueError(
-        f"no known record format has these keys ({found}); expected 'messages' and 'response', 'instruction' and "
+        f"no known record format has these keys ({named}); expected 'messages' and 'response', 'instruction' and "
         "'output', 'conversations', 'messages' alone, or 'prompt' and 'completion'"
     )
 
 
 def record_to_object(record: Record) -> Json:
-    """The record as JSON, such as ``Reader`` with ``Format.RECORDS`` reads back."""
+    """The record as JSON, such as ``RecordReader`` with ``Format.RECORDS`` reads back."""
     value: Json = {"id": record.id}
     if record.category is not None:
         value["category"] = record.category
@@ -91,7 +94,7 @@ def message_to_object(message: Message) -> Json:
     return {"role": message.role.value, "content": message.content}
 
 
-class Reader:
+class RecordReader:
     """Turns the objects of one file into records; all must be of one format.
 
     Formats that carry no id get one from the prompt and the count of the same prompt before it in the file.
@@ -170,10 +173,10 @@ def _parameters(value: object) -> Json:
 
 def _alpaca(value: Json) -> tuple[tuple[Message, ...], str]:
     instruction = _take(value, "instruction")
-    given = value.get("input") or ""
-    if not isinstance(given, str):
-        raise ValueError(f"input is {type(given).__name__}; expected a string")
-    prompt = f"{instruction}\n\n{given}" if given.strip() else instruction
+    extra = value.get("input") or ""
+    if not isinstance(extra, str):
+        raise ValueError(f"input is {type(extra).__name__}; expected a string")
+    prompt = f"{instruction}\n\n{extra}" if extra.strip() else instruction
     answer = _take(value, "output" if "output" in value or "response" not in value else "response")
     return (Message(role=Role.USER, content=prompt),), answer
 

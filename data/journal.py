@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from terselm.data.jsonl import Json, dump_object, parse_object
+from terselm.data.rows import Json, dump_object, parse_object
 from terselm.errors import ConfigError
 
 

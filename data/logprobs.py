@@ -15,7 +15,6 @@ share a character. So give each token to the word in which its span starts. pyar
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -24,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from terselm.errors import ConfigError, DataFormatError
+from terselm.data.rows import open_parquet
+from terselm.errors import DataFormatError
+from terselm.extras import need
 from terselm.files import atomic_file
 
 if TYPE_CHECKING:
@@ -35,44 +36,50 @@ _ROWS_AT_ONCE = 256
 
 
 class Given(StrEnum):
-    """What a token's probability is conditioned on."""
+    """What a token's probability is conditioned on.
+
+    Attributes:
+        TEXT: the tokens of ``text`` before it, after the start token and nothing else.
+        PROMPT: the prompt as the target was asked, then the tokens of ``text`` before it; ``text`` is the response
+            alone.
+    """
 
     TEXT = "text"
-    """The tokens of ``text`` before it, after the start token and nothing else."""
     PROMPT = "prompt"
-    """The prompt as the target was asked, then the tokens of ``text`` before it; ``text`` is the response alone."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScoredText:
     """One text and what the target thinks of it; ``T`` tokens, the ``K`` likeliest at each position.
 
+    Attributes:
+        id: the record's.
+        response_start: character at which the response begins; None for a text that is not prompt and response.
+        starts: ``(T,)`` first character of each token.
+        ends: ``(T,)`` the character after its last.
+        logprobs: ``(T,)`` nats; NaN where the target gives none, such as at the first token of some endpoints.
+        token_ids: ``(T,)`` in the target's vocabulary; None where the endpoint does not tell.
+        tokens: ``T`` pieces in UTF-8, a part of a character each at worst; None where the ids say it all.
+        top_logprobs: ``(T, K)`` nats, descending; -inf where the target gave fewer.
+        top_ids: ``(T, K)``; -1 where the target gave fewer.
+        top_tokens: ``T`` times at most ``K`` pieces in UTF-8.
+
     Raises:
         ValueError: the lengths differ, a span is not in the text, or a log-probability is positive.
     """
 
     id: str
-    """The record's."""
     text: str
     given: Given = Given.TEXT
     response_start: int | None = None
-    """Character at which the response begins; None for a text that is not prompt and response."""
     starts: NDArray[np.int32]
-    """``(T,)`` first character of each token."""
     ends: NDArray[np.int32]
-    """``(T,)`` the character after its last."""
     logprobs: NDArray[np.float32]
-    """``(T,)`` nats; NaN where the target gives none, such as at the first token of some endpoints."""
     token_ids: NDArray[np.int32] | None = None
-    """``(T,)`` in the target's vocabulary; None where the endpoint does not tell."""
     tokens: tuple[bytes, ...] | None = None
-    """``T`` pieces in UTF-8, a part of a character each at worst; None where the ids say it all."""
     top_logprobs: NDArray[np.float32] | None = None
-    """``(T, K)`` nats, descending; -inf where the target gave fewer."""
     top_ids: NDArray[np.int32] | None = None
-    """``(T, K)``; -1 where the target gave fewer."""
     top_tokens: tuple[tuple[bytes, ...], ...] | None = None
-    """``T`` times at most ``K`` pieces in UTF-8."""
 
     def __post_init__(self) -> None:
         count = len(self.logprobs)
@@ -90,13 +97,16 @@ class ScoredText:
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """Of a whole file: who scored, in which tokenizer, by what way."""
+    """Of a whole file: who scored, in which tokenizer, by what way.
+
+    Attributes:
+        tokenizer: a name that `load_tokenizer` takes where the target is local, else the model's name.
+        source: the endpoint, or ``local``.
+    """
 
     model: str
     tokenizer: str
-    """A name that `load_tokenizer` takes where the target is local, else the model's name."""
     source: str
-    """The endpoint, or ``local``."""
 
 
 class LogProbFile:
@@ -112,7 +122,9 @@ class LogProbFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        with self._readable() as reader, reader.ParquetFile(self.path) as file:
+        if not self.path.is_file():
+            raise DataFormatError(self.path, None, "no such file")
+        with open_parquet(self.path) as file:
             self._count: int = file.metadata.num_rows
             about = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
         if about.get("terselm.logprobs") != _VERSION:
@@ -124,7 +136,7 @@ class LogProbFile:
 
     def __iter__(self) -> Iterator[ScoredText]:
         number = 0
-        with self._readable() as reader, reader.ParquetFile(self.path) as file:
+        with open_parquet(self.path) as file:
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
                 for index in range(batch.num_rows):
                     number += 1
@@ -132,19 +144,6 @@ class LogProbFile:
                         yield _from_row({name: batch.column(name)[index] for name in batch.schema.names})
                     except (ValueError, TypeError, KeyError) as error:
                         raise DataFormatError(self.path, number, str(error)) from None
-
-    @contextmanager
-    def _readable(self) -> Iterator[Any]:
-        reader = parquet()
-        from pyarrow import ArrowException
-
-        if not self.path.is_file():
-            raise DataFormatError(self.path, None, "no such file")
-        try:
-            yield reader
-        except (OSError, ArrowException) as error:
-            reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
-            raise DataFormatError(self.path, None, f"cannot be read as Parquet: {reason}") from None
 
 
 def write_logprobs(path: Path | str, texts: Iterable[ScoredText], about: About) -> int:
@@ -154,9 +153,13 @@ def write_logprobs(path: Path | str, texts: Iterable[ScoredText], about: About) 
         ConfigError: pyarrow is missing.
         OSError: the disk is full or the folder is not writable; the file is then as it was.
     """
+    parquet = need("pyarrow.parquet", "collect")
     schema = _schema(about)
     count = 0
-    with atomic_file(Path(path)) as file, parquet().ParquetWriter(file.buffer, schema, compression="zstd") as writer:
+    with (
+        atomic_file(Path(path), binary=True) as file,
+        parquet.ParquetWriter(file, schema, compression="zstd") as writer,
+    ):
         rows: list[dict[str, Any]] = []
         for text in texts:
             rows.append(_to_row(text))
@@ -165,19 +168,6 @@ def write_logprobs(path: Path | str, texts: Iterable[ScoredText], about: About) 
                 _flush(writer, rows, schema)
         _flush(writer, rows, schema)
     return count
-
-
-def parquet() -> Any:
-    """``pyarrow.parquet``.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError("Parquet files need pyarrow; run: pip install 'terselm[collect]'") from None
-    return pyarrow.parquet
 
 
 def _schema(about: About) -> pyarrow.Schema:

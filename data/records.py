@@ -1,22 +1,18 @@
-"""Reading, writing and splitting records of what a target LLM was asked and what it answered."""
+"""Files of records, of what a target LLM was asked and what it answered: read, written, split, counted."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, quantiles
+from typing import Any
 
-from terselm.data.formats import Format, Reader, detect_format, record_to_object
-from terselm.data.jsonl import dump_object
-from terselm.data.schema import (
-    Generation,
-    Message,
-    Record,
-    Role,
-    Usage,
-    prompt_hash,
-    record_id,
-)
+from terselm.data.formats import Format, RecordReader, detect_format, record_to_object
+from terselm.data.rows import dump_object, read_rows
+from terselm.data.schema import Generation, Message, Record, Role, Usage, prompt_hash, record_id
 from terselm.errors import ConfigError, DataFormatError
 from terselm.files import atomic_file
 
@@ -43,17 +39,15 @@ def read_records(path: Path | str, format: Format | None = None) -> Iterator[Rec
         format: its format; by default told from the keys of the first row.
 
     Raises:
-        ConfigError: the data set cannot be had.
+        ConfigError: a package is missing, or the data set cannot be loaded.
         DataFormatError: no such file, no records in it, or a bad line: broken JSON, a missing key, a wrong type, an
             empty text, an unknown role, an id that came before.
     """
-    from terselm.data.sources.rows import read_rows  # whose package reads records itself
-
-    reader: Reader | None = None
+    reader: RecordReader | None = None
     lines: dict[str, int] = {}
-    for number, value in read_rows(str(path)):
+    for number, value in read_rows(path):
         try:
-            reader = reader or Reader(format or detect_format(value))
+            reader = reader or RecordReader(format or detect_format(value))
             record = reader.record(value)
         except ValueError as error:
             where = f" (read as format {reader.format.value})" if reader else ""
@@ -115,3 +109,67 @@ def refuse_empty_side(training: int, held_out_records: int, held_out: float, see
             f"held_out={held_out} with seed {seed} leaves no {empty} records out of {training + held_out_records}; "
             "change held_out or add prompts"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Of numbers, such as lengths: the mean, the median and the 95th percentile."""
+
+    mean: float
+    median: float
+    p95: float
+    largest: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordStatistics:
+    """Counts of a file of records.
+
+    Attributes:
+        prompts: distinct ones.
+        with_origin: records that say where they came from; the counts below are theirs.
+        models, finish_reasons: records of each.
+        temperatures: records at each; ``none`` where it was not set.
+    """
+
+    records: int
+    prompts: int
+    turns: dict[int, int]
+    categories: dict[str, int]
+    prompt_characters: Spread
+    response_characters: Spread
+    with_origin: int
+    models: dict[str, int]
+    finish_reasons: dict[str, int]
+    temperatures: dict[str, int]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def statistics(records: Iterable[Record]) -> RecordStatistics:
+    """Count; the file must hold a record."""
+    listed = list(records)
+    made = [record.generation for record in listed if record.generation is not None]
+    return RecordStatistics(
+        records=len(listed),
+        prompts=len({prompt_hash(record.messages) for record in listed}),
+        turns=_counts(len(record.messages) for record in listed),
+        categories=_counts(record.category for record in listed if record.category is not None),
+        prompt_characters=_spread([sum(len(m.content) for m in record.messages) for record in listed]),
+        response_characters=_spread([len(record.response) for record in listed]),
+        with_origin=len(made),
+        models=_counts(generation.model for generation in made),
+        finish_reasons=_counts(generation.finish_reason for generation in made),
+        temperatures=_counts(str(generation.parameters.get("temperature", "none")) for generation in made),
+        prompt_tokens=sum(generation.usage.prompt_tokens for generation in made),
+        completion_tokens=sum(generation.usage.completion_tokens for generation in made),
+    )
+
+
+def _counts(values: Iterable[Any]) -> dict[Any, int]:
+    return dict(Counter(values).most_common())
+
+
+def _spread(values: list[int]) -> Spread:
+    cuts = quantiles(values, n=20, method="inclusive") if len(values) > 1 else [values[0]] * 19
+    return Spread(mean=round(fmean(values), 1), median=cuts[9], p95=cuts[18], largest=max(values))

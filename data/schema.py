@@ -58,28 +58,30 @@ class Usage:
 class Generation:
     """Where a response came from.
 
+    Attributes:
+        parameters: as asked: temperature, top_p, seed, max_new_tokens; for a base model also prompt_template and stop.
+        sample: index among the answers to the same messages from the same model with the same parameters.
+        attempts: how often it was asked until the answer was fit to keep; attempt n was drawn with seed + n − 1.
+        created: ISO-8601 date and time.
+        finish_reason: ``stop``, ``length``, ``loop`` (cut where it began to repeat itself), or what the endpoint said.
+        versions: of the packages that made it, by name.
+        served_model: the model that answered, where the endpoint calls it otherwise than it was asked for.
+        system_fingerprint: of the endpoint's configuration, where it gives one.
+
     Raises:
         ValueError: a blank model, a negative count, or a date that is not ISO-8601.
     """
 
     model: str
     parameters: Mapping[str, Parameter] = field(hash=False)
-    """As asked: temperature, top_p, seed, max_new_tokens; for a base model also prompt_template and stop."""
     sample: int = 0
-    """Index among the answers to the same messages from the same model with the same parameters."""
     attempts: int = 1
-    """How often it was asked until the answer was fit to keep; attempt n was drawn with seed + n − 1."""
     created: str
-    """ISO-8601 date and time."""
     finish_reason: str
-    """``stop``, ``length``, ``loop`` (cut where it began to repeat itself), or what the endpoint said."""
     usage: Usage
     versions: Mapping[str, str] = field(hash=False, default_factory=dict)
-    """Of the packages that made it, by name."""
     served_model: str | None = None
-    """The model that answered, where the endpoint calls it otherwise than it was asked for."""
     system_fingerprint: str | None = None
-    """Of the endpoint's configuration, where it gives one."""
 
     def __post_init__(self) -> None:
         check_text("generation.model", self.model)
@@ -117,6 +119,25 @@ class Record:
         check_text("response", self.response)
         if self.category is not None:
             check_text("category", self.category)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainText:
+    """A text as a model reads it.
+
+    Attributes:
+        response_start: character at which the response begins; None for a text that is not prompt and response.
+    """
+
+    id: str
+    text: str
+    response_start: int | None = None
+
+
+def record_text(record: Record) -> PlainText:
+    """The text of a record as the compressor reads it: the messages and the response, with blank lines between."""
+    prompt = "".join(f"{message.content}\n\n" for message in record.messages)
+    return PlainText(id=record.id, text=prompt + record.response, response_start=len(prompt))
 
 
 def record_id(messages: Sequence[Message], model: str, parameters: Mapping[str, Parameter], sample: int) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from terselm.data.logprobs import ScoredText
-from terselm.data.texts import PlainText
+from terselm.data.schema import PlainText
 from terselm.models import CausalLM
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from terselm.data.jsonl import read_objects
+from terselm.data.rows import read_objects
 from terselm.errors import ConfigError, DataFormatError
 
 Row = dict[str, Any]

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from terselm.compress.compressor import PromptCompressor
-from terselm.data.jsonl import dump_object, read_objects
+from terselm.data.rows import dump_object, read_objects
 from terselm.errors import ConfigError
 from terselm.evaluate.candidates import Candidate, around, shapes
 from terselm.evaluate.figures import GAIN, Figures, Figuring

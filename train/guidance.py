@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from terselm.data.logprobs import Given, LogProbFile, ScoredText
+from terselm.data.schema import PlainText
 from terselm.data.score import score_texts
-from terselm.data.texts import PlainText
 from terselm.errors import ConfigError
 from terselm.models import CausalLM, load_tokenizer
 from terselm.statistics import word_spans, words_of_tokens

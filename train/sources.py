@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from terselm.data.sources.rows import HUB
+from terselm.data.rows import HUB
 from terselm.errors import ConfigError, DataFormatError
 from terselm.models import ALIASES, resolve
 from terselm.train.config import DataSettings

@@ -17,9 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from terselm.data.formats import Format, Reader, record_to_object
-from terselm.data.jsonl import dump_object, read_objects
+from terselm.data.formats import Format, RecordReader, record_to_object
 from terselm.data.records import Record, is_held_out, prompt_hash, read_records
+from terselm.data.rows import dump_object, read_objects
 from terselm.files import atomic_folder, remove_partials
 from terselm.models import cache_folder
 from terselm.train.choices import LossOn
@@ -166,7 +166,7 @@ def _read(folder: Path) -> TokenisedTexts:
     about: dict[str, Any] = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     store = ExampleStore(folder / "training")
     counts = {name: about[name] for name in ("split", "dropped", "tokens", "counted_tokens", "unguided")}
-    reader = Reader(Format.RECORDS)
+    reader = RecordReader(Format.RECORDS)
     return TokenisedTexts(
         records=about["records"],
         targets=about["targets"],

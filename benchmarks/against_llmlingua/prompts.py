@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from terselm.data.jsonl import read_objects
+from terselm.data.rows import read_objects
 from terselm.errors import DataFormatError
 
 BUNDLED = Path(__file__).parents[2] / "data" / "sample" / "prompts" / "few_shot_maths.json"

@@ -14,7 +14,7 @@ from terselm.compress.bulk.journals import Journals
 from terselm.compress.bulk.work import BulkSettings, Worker
 from terselm.compress.compressor import PromptCompressor
 from terselm.data.journal import locked
-from terselm.data.jsonl import Json
+from terselm.data.rows import Json
 from terselm.errors import ConfigError, DataFormatError
 from terselm.extras import first_line
 from terselm.files import atomic_file, remove_partials

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from terselm.compress.bulk.rows import READ_KEYS, RESULT_KEYS, passed_through
-from terselm.data.jsonl import Json, parse_object
+from terselm.data.rows import Json, parse_object
 from terselm.errors import ConfigError, DataFormatError
 from terselm.extras import first_line, need
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from terselm.data.journal import Journal, JournalReader, lock_of
-from terselm.data.jsonl import Json
+from terselm.data.rows import Json
 from terselm.errors import ConfigError, DataFormatError
 
 

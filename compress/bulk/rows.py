@@ -10,7 +10,7 @@ from typing import Any
 from terselm.compress.length import Length
 from terselm.compress.prompt import PROMPT_KEYS, Prompt
 from terselm.compress.result import CompressionResult
-from terselm.data.jsonl import Json
+from terselm.data.rows import Json
 from terselm.errors import BudgetError, PromptError
 
 _FORMS = "text, prompt, or instruction, demonstrations and question"

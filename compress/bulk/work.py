@@ -14,7 +14,7 @@ from terselm.compress.counter import resolve_counter
 from terselm.compress.length import Length
 from terselm.compress.prompt import Keep, compile_keep
 from terselm.compress.settings import CompressionSettings
-from terselm.data.jsonl import Json
+from terselm.data.rows import Json
 from terselm.errors import BudgetError, ConfigError, ContextLengthError, PromptError, TerseLMError
 
 _WITHOUT_EFFECT = ("cache_bytes",)  # settings that change no result

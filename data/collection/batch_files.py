@@ -8,7 +8,7 @@ from typing import Any
 
 from terselm.data.collection.failures import Failure, Reason, Then, of_status
 from terselm.data.collection.plan import Request
-from terselm.data.jsonl import dump_object
+from terselm.data.rows import dump_object
 
 MOST_REQUESTS = 50_000
 MOST_BYTES = 200 * 1_000_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from terselm.data.jsonl import Json
+from terselm.data.rows import Json
 
 
 class State(StrEnum):

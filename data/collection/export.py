@@ -14,8 +14,8 @@ from terselm.data.collection.plan import Request
 from terselm.data.collection.settings import CollectSettings
 from terselm.data.formats import Format, record_to_object
 from terselm.data.journal import lock_of
-from terselm.data.jsonl import dump_object
 from terselm.data.records import read_records
+from terselm.data.rows import dump_object
 from terselm.errors import ConfigError
 from terselm.files import atomic_file
 from terselm.models.process import Process

@@ -11,7 +11,7 @@ from terselm.data.collection.plan import Request
 from terselm.data.faults import Fault, cut_loop, find_fault
 from terselm.data.formats import record_to_object
 from terselm.data.generate import Answer
-from terselm.data.jsonl import Json
+from terselm.data.rows import Json
 from terselm.data.schema import Generation, Record
 
 

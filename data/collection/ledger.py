@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from terselm.data.collection.entries import ANSWERED, IMPORTED, INTERRUPTED, Intent, Outcome, State
-from terselm.data.jsonl import Json, dump_object
+from terselm.data.rows import Json, dump_object
 from terselm.errors import DataFormatError, TargetLLMError
 
 _VERSION = 1

@@ -12,7 +12,7 @@ from typing import Any
 from terselm.data.collection.settings import SLOT, Api, CollectSettings, PromptTemplate
 from terselm.data.formats import message_to_object, messages_of
 from terselm.data.instructions import Instruction
-from terselm.data.jsonl import Json
+from terselm.data.rows import Json
 from terselm.data.schema import Message, Parameter, Role, prompt_hash, record_id
 from terselm.errors import ConfigError, DataFormatError
 

@@ -18,9 +18,9 @@ from terselm.data.collection.scores import about, score_all, stored_scores
 from terselm.data.collection.settings import CollectSettings, PromptScores
 from terselm.data.collection.tasks import ScoreTask
 from terselm.data.collection.token_scores import text_scores
+from terselm.data.instructions import load_texts
 from terselm.data.logprobs import ScoredText, write_logprobs
-from terselm.data.sources import load_texts
-from terselm.data.texts import PlainText
+from terselm.data.schema import PlainText
 from terselm.errors import ConfigError, TargetLLMError
 
 

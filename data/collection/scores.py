@@ -18,10 +18,10 @@ from terselm.data.collection.plan import Request
 from terselm.data.collection.responses import parse_response
 from terselm.data.collection.settings import CollectSettings
 from terselm.data.collection.token_scores import response_scores
-from terselm.data.formats import Format, Reader
+from terselm.data.formats import Format, RecordReader
 from terselm.data.logprobs import About, Given, ScoredText, write_logprobs
+from terselm.data.schema import PlainText, record_text
 from terselm.data.score import score_texts
-from terselm.data.texts import PlainText, record_text
 from terselm.models import CausalLM
 
 _ARRAYS = ("starts", "ends", "logprobs", "token_ids", "top_logprobs", "top_ids")
@@ -78,7 +78,7 @@ def stored_scores(ledger: Ledger, texts: Iterable[tuple[str, PlainText]]) -> Ite
 def _text_of(ledger: Ledger, request: str) -> PlainText:
     record = ledger.record(request)
     assert record is not None, request
-    return record_text(Reader(Format.RECORDS).record(record))
+    return record_text(RecordReader(Format.RECORDS).record(record))
 
 
 def endpoint_scores(ledger: Ledger, requests: Iterable[Request]) -> Iterator[ScoredText]:

@@ -12,8 +12,7 @@ from terselm.data.collection.responses import parse_response
 from terselm.data.collection.settings import Api, CollectSettings, PromptScores
 from terselm.data.collection.sizes import PromptSizes
 from terselm.data.collection.verdicts import answered
-from terselm.data.schema import Message, Role
-from terselm.data.texts import PlainText
+from terselm.data.schema import Message, PlainText, Role
 
 
 class Task(Protocol):

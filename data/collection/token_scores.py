@@ -13,7 +13,7 @@ import numpy as np
 from terselm.data.collection.responses import Response, parse_response
 from terselm.data.collection.settings import LogProbSettings, PromptScores
 from terselm.data.logprobs import Given, ScoredText
-from terselm.data.texts import PlainText
+from terselm.data.schema import PlainText
 
 
 def response_scores(name: str, response: Response) -> ScoredText | None:

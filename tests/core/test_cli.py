@@ -143,3 +143,35 @@ def test_publishing_what_is_not_there(tmp_path: Path, model: Path) -> None:
 
 def test_an_unknown_alias() -> None:
     assert "known: smollm2-135m, gemma3-270m" in mistake("convert", "smollm3")
+
+
+def test_no_warning_of_a_dependency_reaches_the_terminal(model: Path) -> None:
+    done = terselm("compress", "--model", model, "--device", "cpu", "--budget", 12, stdin=TEXT * 40)
+    assert done.returncode == 0
+    assert "warn" not in done.stderr.decode().lower()
+    assert "deprecat" not in done.stderr.decode().lower()
+
+
+READ = """
+import sys
+from terselm.compress.compressor import PromptCompressor
+from terselm.data.generate import Limits, Query, generate
+from terselm.models import load_causal_lm
+compressor = PromptCompressor.from_pretrained(sys.argv[1], device="cpu")
+compressor.compress_text(sys.argv[2] * 20, budget=12)
+lm = load_causal_lm(sys.argv[1], device="cpu")
+generate(lm, [Query(prompt="Sam", temperature=0.0, seed=0)], Limits(max_new_tokens=4))
+"""
+
+
+def test_no_call_of_ours_is_deprecated(model: Path) -> None:
+    """Also not where a dependency only logs it."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::FutureWarning", "-c", READ, model, TEXT],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "warning"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "deprecat" not in done.stderr.lower()

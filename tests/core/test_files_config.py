@@ -161,9 +161,14 @@ def test_a_file_of_bytes_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "out.bin"
     with atomic_file(path, binary=True) as file:
         file.write(b"old")
-    with pytest.raises(KeyError), atomic_file(path, binary=True) as file:
-        file.write(b"new")
-        raise KeyError
+
+    def fail() -> None:
+        with atomic_file(path, binary=True) as file:
+            file.write(b"new")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert path.read_bytes() == b"old"
     assert list(path.parent.iterdir()) == [path]
 
@@ -219,6 +224,9 @@ class Outer:
     seed: int | None = None
     targets: list[str] = field(default_factory=lambda: ["q_proj"])
     train: Inner = field(default_factory=Inner)
+
+    def __post_init__(self) -> None:
+        refuse([f"seed is {self.seed}; expected at least 0"] if (self.seed or 0) < 0 else [])
 
 
 def write_yaml(folder: Path, text: str) -> Path:
@@ -289,6 +297,39 @@ def test_what_is_wrong_is_named_in_one_sentence(
     named = message.replace(str(tmp_path), "")  # the folder bears this test's name
     for part in parts:
         assert part in named
+
+
+def test_all_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
+    path = write_yaml(tmp_path, "collour: blue\nseed: -1\ntargets: q_proj\ntrain:\n  steps: 0\n  stesp: 5\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(Outer, path, ["train.learning_rate=high", "colour=green", "oops", "name=[1,"])
+    for part in (
+        "unknown config key collour (did you mean colour?)",
+        "unknown config key train.stesp (did you mean train.steps?)",
+        "colour is 'green'; expected one of red, blue",
+        "targets: ",
+        "train.learning_rate: ",
+        "override 'oops' is not of the form key=value",
+        "override 'name=[1,'",
+        "steps is 0; expected at least 1",
+        "seed is -1; expected at least 0",
+    ):
+        assert str(caught.value).count(part) == 1, part
+    assert str(caught.value).count("; ") == 8 + 3  # nine faults, of which three hold one themselves
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("steps=3", "unknown config key steps (did you mean train.steps?)"),
+        ("train.seed=3", "unknown config key train.seed (did you mean seed?)"),
+        ("learning_rates=3", "unknown config key learning_rates (did you mean train.learning_rate?)"),
+    ],
+)
+def test_a_key_is_found_in_another_section(override: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(Outer, None, [override])
+    assert str(caught.value) == hint
 
 
 def test_no_such_file(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Who may import whom: errors <- files, config <- models <- data <- compress <- train, evaluate <- cli."""
+"""Who may import whom; nothing points back.
+
+errors <- files, config, extras, progress, statistics <- models <- data <- compress <- train, evaluate <- cli.
+"""
 
 from __future__ import annotations
 

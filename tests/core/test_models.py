@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from terselm.errors import CheckpointError, ConfigError, ModelError
 from terselm.models import ALIASES, Alias, convert_alias, load_causal_lm, load_tokenizer
-from terselm.models.convert import MANIFEST
+from terselm.models.aliases import MANIFEST
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ from terselm.data.generate import Answer, Limits, Query, generate
 from terselm.data.instructions import Instruction
 from terselm.data.logprobs import Given, LogProbFile
 from terselm.data.records import Message, Record, Role, read_records
+from terselm.data.schema import PlainText
 from terselm.data.score import score_texts
-from terselm.data.texts import PlainText
 from terselm.errors import ConfigError, ContextLengthError, DataFormatError, ModelError, TargetLLMError
 from terselm.models import CausalLM
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from terselm.cli.app import app
+from terselm.cli import app
+from terselm.data.instructions import load_instructions
 from terselm.data.records import read_records
-from terselm.data.sources import load_instructions
 from terselm.errors import TerseLMError
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"

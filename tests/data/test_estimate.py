@@ -69,30 +69,37 @@ def test_what_other_settings_used_says_nothing(tmp_path: Path, endpoint: str) ->
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_within_a_tenth_of_what_a_real_model_used(tmp_path: Path) -> None:
-    """SmolLM2 in this process, from a pilot of two in five."""
+def test_a_real_model_uses_what_chance_allows(tmp_path: Path) -> None:
+    """SmolLM2 in this process, from a pilot of two in five.
+
+    What it answers depends on the processor's rounding, and so does which answers the pilot has met. So the answers'
+    length is held to the interval of the estimate: twice its half-width is four standard errors, which chance passes
+    once in ten thousand times. The prompts' length is counted, not estimated.
+    """
     ask = [one for one in read_instructions(SAMPLE) if one.category not in ("long_context", "few_shot")][::3][:60]
     template = PromptTemplate(text="Question: {prompt}\nAnswer:", stop=["\nQuestion"])
     given: dict[str, Any] = {"temperatures": [0.0], "max_new_tokens": 24, "dtype": "bfloat16"}
     asked = CollectSettings(endpoint="local:smollm2-135m", templates={"default": template}, **given)
     out = tmp_path / "r.jsonl"
-    found = estimate(ask, out, asked, pilot=24)
+    estimated = estimate(ask, out, asked, pilot=24)
     before = status(ledger_of(out))
     collect(ask, out, asked)
     after = status(ledger_of(out))
-    print()
-    for name, guess in (("prompt_tokens", found.prompt_tokens), ("completion_tokens", found.completion_tokens)):
-        used = after[name] - before[name]
-        assert guess.expected is not None
-        print(f"{name}: expected {guess.expected:,.0f}, used {used:,} ({guess.expected / used - 1:+.1%})")
-        assert guess.expected == pytest.approx(used, rel=0.1)
-        assert used <= guess.at_most
+    assert estimated.prompt_basis == "tokenizer"
+    assert estimated.prompt_tokens.expected == after["prompt_tokens"] - before["prompt_tokens"]
+    used, answers = after["completion_tokens"] - before["completion_tokens"], estimated.completion_tokens
+    assert answers.expected is not None
+    assert answers.low is not None
+    assert answers.high is not None
+    assert abs(used - answers.expected) <= answers.high - answers.low
+    assert answers.high - answers.low < answers.expected  # else it would say nothing
+    assert used <= answers.at_most
 
 
 def test_the_command_prints_it(tmp_path: Path, endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     from typer.testing import CliRunner
 
-    from terselm.cli.app import app
+    from terselm.cli import app
 
     ask = tmp_path / "ask.jsonl"
     ask.write_text("".join(json.dumps({"prompt": f"Number {n}?"}) + "\n" for n in range(30)))

@@ -19,7 +19,7 @@ from terselm.data.collection.collect import Options, collect
 from terselm.data.collection.ledger import ledger_of
 from terselm.data.collection.status import status
 from terselm.data.instructions import read_instructions
-from terselm.models.convert import convert_alias
+from terselm.models.aliases import convert_alias
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 SAMPLE = Path(__file__).parents[2] / "data" / "sample" / "instructions.jsonl"

@@ -10,10 +10,17 @@ from typing import Any
 
 import pytest
 
-from terselm.data.instructions import Instruction, read_instructions, write_instructions
+from terselm.data.instructions import (
+    Instruction,
+    load_instructions,
+    load_texts,
+    read_instructions,
+    without_near_duplicates,
+    without_overlap,
+    write_instructions,
+)
+from terselm.data.rows import read_rows
 from terselm.data.schema import Message, Role
-from terselm.data.sources import load_instructions, load_texts
-from terselm.data.sources.clean import without_near_duplicates, without_overlap
 from terselm.errors import ConfigError, DataFormatError
 
 ALPACA = [
@@ -64,6 +71,12 @@ def test_json_lines_json_csv_and_parquet_are_the_same(tmp_path: Path) -> None:
         assert prompts(source) == PROMPTS
 
 
+def test_a_json_file_may_hold_its_rows_as_examples(tmp_path: Path) -> None:
+    (tmp_path / "task.json").write_text(json.dumps({"canary": "x", "examples": ALPACA}))
+    assert [number for number, _ in read_rows(tmp_path / "task.json")] == [1, 2]
+    assert prompts(str(tmp_path / "task.json")) == PROMPTS
+
+
 def test_a_data_set_of_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
@@ -88,7 +101,10 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("the hub is away")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(ConfigError, match="data set 'owner/name' cannot be loaded: the hub is away"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data set 'owner/name' cannot be loaded \(the hub is away\); check the name, or give a local file",
+    ):
         prompts("hub:owner/name:small#train")
     assert asked == [("owner/name", "small")]
 

@@ -23,8 +23,8 @@ from terselm.data.collection.scores import pack, unpack
 from terselm.data.collection.settings import CollectSettings, LogProbSettings, PromptScores
 from terselm.data.collection.token_scores import echoed_scores, spans, vllm_scores
 from terselm.data.logprobs import LogProbFile, ScoredText
+from terselm.data.schema import PlainText
 from terselm.data.score import score_texts
-from terselm.data.texts import PlainText
 from terselm.errors import ConfigError, TargetLLMError
 from terselm.models import CausalLM
 

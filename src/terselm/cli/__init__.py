@@ -5,10 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated
 
-from terselm.cli import compress, data, evaluate, models, records, serve, train  # noqa: F401 (each adds its commands)
-from terselm.cli.app import app
-from terselm.errors import TerseLMError
+import typer
+
+from terselm.errors import ConfigError, TerseLMError
+
+app = typer.Typer(
+    help="Shorten prompts for a large target LLM with a small LM that was aligned to it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 
 def main() -> None:
@@ -23,3 +33,34 @@ def main() -> None:
     except TerseLMError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def need(extra: str, module: str) -> None:
+    """Refuse a command whose packages are not installed, before it has begun; imports nothing.
+
+    Raises:
+        ConfigError: ``module``, which the extra of this name brings, is not there.
+    """
+    if find_spec(module) is None:
+        raise ConfigError(f"this command needs {module}; run: pip install 'terselm[{extra}]'")
+
+
+def quieten_transformers() -> None:
+    """Let the command's own lines alone be seen."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+@app.command()
+def convert(name: Annotated[str, typer.Argument(help="Alias of a model, such as smollm2-135m.")]) -> None:
+    """Convert an alias's weights into the cache and print the folder."""
+    from terselm.models import convert_alias
+
+    quieten_transformers()
+    print(convert_alias(name))
+
+
+for _room in ("compress", "data", "evaluate", "records", "serve", "train"):
+    import_module(f"{__name__}.{_room}")  # adds its commands to ``app``

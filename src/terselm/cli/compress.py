@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from terselm.cli.app import app
+from terselm.cli import app
 from terselm.errors import ConfigError, DataFormatError, PromptError
 
 if TYPE_CHECKING:

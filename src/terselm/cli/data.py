@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from terselm.cli.app import app, need, quieten_transformers
+from terselm.cli import app, need, quieten_transformers
 from terselm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _settings(config: Path | None, named: dict[str, str | None], overrides: list
 def _load(source: str) -> Any:
     import logging
 
-    from terselm.data.sources import load_instructions
+    from terselm.data.instructions import load_instructions
 
     loaded = load_instructions(source)
     if loaded.duplicates:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from terselm.cli.app import app, need, quieten_transformers
+from terselm.cli import app, need, quieten_transformers
 
 _log = logging.getLogger(__name__)
 

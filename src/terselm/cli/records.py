@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from terselm.cli.app import app
+from terselm.cli import app
 from terselm.errors import ConfigError
 
 _data = typer.Typer(help="Look at, check and convert files of records and instructions.", no_args_is_help=True)
@@ -21,8 +21,7 @@ _Out = Annotated[Path, typer.Option(help="File to write; it must not exist.")]
 @_data.command()
 def stats(records: _Records) -> None:
     """Count records, prompts, tokens, models and lengths."""
-    from terselm.data.records import read_records
-    from terselm.data.summaries import statistics
+    from terselm.data.records import read_records, statistics
 
     print(json.dumps(asdict(statistics(read_records(records))), indent=2, ensure_ascii=False))
 
@@ -74,9 +73,12 @@ def instructions(
     ] = None,
 ) -> None:
     """Read instructions from any source, take out what must not be asked, and write them in our own form."""
-    from terselm.data.instructions import write_instructions
-    from terselm.data.sources import load_instructions
-    from terselm.data.sources.clean import without_near_duplicates, without_overlap
+    from terselm.data.instructions import (
+        load_instructions,
+        without_near_duplicates,
+        without_overlap,
+        write_instructions,
+    )
 
     _new(out)
     loaded = load_instructions(source)

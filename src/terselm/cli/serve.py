@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from terselm.cli.app import app, need
+from terselm.cli import app, need
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from terselm.cli.app import app, need, quieten_transformers
+from terselm.cli import app, need, quieten_transformers
 from terselm.errors import ConfigError
 
 

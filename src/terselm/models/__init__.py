@@ -1,7 +1,6 @@
 """Load a causal LM by alias, folder, run folder, adapter folder or hub id."""
 
-from terselm.models.aliases import ALIASES, Alias, cache_folder
-from terselm.models.convert import convert_alias
+from terselm.models.aliases import ALIASES, Alias, cache_folder, convert_alias
 from terselm.models.load import CausalLM, load_causal_lm, load_tokenizer, resolve
 
 __all__ = [

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from terselm.errors import CheckpointError, ConfigError, ModelError
-from terselm.models.aliases import ALIASES
-from terselm.models.convert import convert_alias
+from terselm.extras import first_line, need
+from terselm.models.aliases import ALIASES, convert_alias
 from terselm.models.quantise import quantise_linear_layers
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -87,7 +87,7 @@ def load_causal_lm(name: str | Path, *, device: str = "auto", dtype: str = "auto
     try:
         return CausalLM(model=model.to(place).eval(), tokenizer=tokenizer, name=str(name))
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"cannot move {str(name)!r} to device {device!r}: {_first_line(error)}") from None
+        raise ModelError(f"cannot move {str(name)!r} to device {device!r}: {first_line(error)}") from None
 
 
 def load_tokenizer(name: str | Path) -> Any:
@@ -113,7 +113,7 @@ def pick_device(device: str) -> Any:
     try:
         return torch.device(device)
     except RuntimeError as error:
-        raise ConfigError(f"unknown device {device!r}: {_first_line(error)}") from None
+        raise ConfigError(f"unknown device {device!r}: {first_line(error)}") from None
 
 
 def resolve(name: str | Path) -> Path | str:
@@ -188,16 +188,13 @@ def _adapter_base(adapter: Path) -> str:
 
 
 def _merge(base: Any, adapter: Path) -> Any:
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise ModelError("loading an adapter needs PEFT; run: pip install 'terselm[train]'") from None
     from safetensors import SafetensorError
 
+    peft = need("peft", "train")
     try:
-        return PeftModel.from_pretrained(base, adapter, use_safetensors=True).merge_and_unload()
+        return peft.PeftModel.from_pretrained(base, adapter, use_safetensors=True).merge_and_unload()
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"adapter {adapter} does not fit its base model: {_first_line(error)}") from None
+        raise CheckpointError(f"adapter {adapter} does not fit its base model: {first_line(error)}") from None
 
 
 @cache
@@ -232,13 +229,9 @@ def _clear_errors(name: str | Path) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
         if Path(name).expanduser().exists() or str(name) in ALIASES:
-            raise CheckpointError(f"cannot load {name}: {_first_line(error)}") from None
+            raise CheckpointError(f"cannot load {name}: {first_line(error)}") from None
         near = difflib.get_close_matches(str(name), ALIASES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"aliases: {', '.join(ALIASES)}"
         raise ModelError(
             f"no model {str(name)!r}: neither an alias nor a folder, and the hub did not give it ({hint})"
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

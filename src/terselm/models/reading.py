@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from inspect import signature
 from typing import Any
 
@@ -58,7 +58,7 @@ def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
 
     transformers 5.24 renamed ``past_key_values`` to ``cache``; versions before know only the old name.
     """
-    return {_cache_name(type(model)): cache}
+    return {_cache_name(type(model).forward): cache}
 
 
 def cache_of(output: Any) -> Any:
@@ -66,9 +66,9 @@ def cache_of(output: Any) -> Any:
     return output.cache if hasattr(output, "cache") else output.past_key_values
 
 
-@cache
-def _cache_name(kind: type) -> str:
-    return "past_key_values" if "past_key_values" in signature(kind.forward).parameters else "cache"
+@lru_cache(maxsize=64)
+def _cache_name(forward: Callable[..., Any]) -> str:
+    return "past_key_values" if "past_key_values" in signature(forward).parameters else "cache"
 
 
 @contextmanager
