@@ -170,7 +170,7 @@ class BudgetController:
         self._demonstrations = layout.numbers(Part.DEMONSTRATION)
         self._pinned = {i for i, n in enumerate(self._demonstrations) if layout.pieces[n].index in pinned}
         self._budget = tokens - int(layout.cost[protected].sum())  # T′ − P; may be negative
-        self._free_of = np.add.reduceat(np.where(protected, 0, layout.cost), layout.edges[:-1]).tolist()
+        self._free_of: list[int] = np.add.reduceat(np.where(protected, 0, layout.cost), layout.edges[:-1]).tolist()
         self._instruction, self._question = (
             sum(self._free_of[n] for n in layout.numbers(part)) for part in (Part.INSTRUCTION, Part.QUESTION)
         )
@@ -182,7 +182,7 @@ class BudgetController:
             total = sum(self._free_of)
             self._instruction_rate = min(1.0, max(0.0, self._budget / total)) if total else 1.0
             self._question_rate = self._instruction_rate
-        self._need = self._instruction_rate * self._instruction + self._question_rate * self._question
+        self._need: float = self._instruction_rate * self._instruction + self._question_rate * self._question
         self._rate = max(0.0, (self._budget - self._need) / self._total) if self._total else 0.0  # τ_dems of Eq. 2
         self._eligible = [i for i, length in enumerate(self._lengths) if length]
 
