@@ -93,7 +93,15 @@ class PromptCompressor:
         """Compress a text that has no parts: it is treated as one demonstration. See `Wishes`."""
         return self.compress(demonstrations=[text], **wishes)
 
-    def compress_messages(self, messages: Sequence[Mapping[str, Any]], **wishes: Unpack[Wishes]) -> ChatResult:
+    def compress_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        budget: int | None = None,
+        rate: float | None = None,
+        keep: Sequence[Keep] = (),
+        counter: Count | str | None = None,
+    ) -> ChatResult:
         """Compress chat messages in OpenAI's form; roles, names, tool calls and attachments stay as they are.
 
         The system's first message is the instruction, the user's last one the question, each turn between them a
@@ -101,13 +109,12 @@ class PromptCompressor:
         """
         from terselm.compress.messages import compress_chat
 
-        length = Length(budget=wishes.get("budget"), rate=wishes.get("rate"))
-        keep, counter = wishes.get("keep", ()), resolve_counter(wishes.get("counter"))
+        count = resolve_counter(counter)
         return compress_chat(
             messages,
-            length,
-            count=counter or self._pipeline.count,
-            compress=lambda prompt, budget: self.compress_batch([prompt], budget=budget, keep=keep, counter=counter)[0],
+            Length(budget=budget, rate=rate),
+            count=count or self._pipeline.count,
+            compress=lambda prompt, tokens: self.compress_batch([prompt], budget=tokens, keep=keep, counter=count)[0],
             layout_of=lambda prompt: self._pipeline.layouts.make([prompt], compile_keep(keep))[0],
         )
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +22,12 @@ from bulk_runs import (
     settings,
     write_rows,
 )
+from fakes import random_lm
 
 from terselm import progress
 from terselm.compress import bulk as bulk_module
 from terselm.compress.bulk import compress_file
+from terselm.compress.compressor import PromptCompressor
 from terselm.errors import ConfigError
 from terselm.models.process import Process, current_process
 
@@ -49,10 +53,18 @@ def test_a_bar_tells_it_on_a_terminal(tmp_path: Path, monkeypatch: pytest.Monkey
         def isatty(self) -> bool:
             return True
 
+    class Slow(PromptCompressor):
+        def compress_batch(self, *prompts: Any, **options: Any) -> Any:
+            time.sleep(0.5)  # the bar is for what takes more than two seconds
+            return super().compress_batch(*prompts, **options)
+
+    def slow() -> PromptCompressor:
+        return Slow(random_lm())
+
     source = write_rows(tmp_path / "in.jsonl", rows_of(40))
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    bulk(source, tmp_path / "out.jsonl")
+    bulk(source, tmp_path / "out.jsonl", slow)
     assert "40/40" in terminal.getvalue()
     assert "prompt/s" in terminal.getvalue()
 
