@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from terselm.compress.counter import Count
 from terselm.compress.layout import Layout
-from terselm.compress.length import Length
+from terselm.compress.length import Count, Length
 from terselm.compress.prompt import Part, Prompt
 from terselm.compress.result import CompressionResult
 from terselm.errors import BudgetError, PromptError

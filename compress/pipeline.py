@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from terselm.compress.budget import BudgetController, Plan, allocate
-from terselm.compress.counter import Count, TokenizerCounter, count_all
-from terselm.compress.fit import BudgetFit, fit_all, smallest_budget
 from terselm.compress.itpc import IterativeCompression
 from terselm.compress.layout import Floats32, Layout, LayoutMaker
-from terselm.compress.length import Length
+from terselm.compress.length import BudgetFit, Count, Length, TokenizerCounter, count_all, fit_all, smallest_budget
 from terselm.compress.prompt import Part, Prompt
 from terselm.compress.result import CompressionResult, DecisionArrays, Reason
 from terselm.compress.settings import CompressionSettings, Selection

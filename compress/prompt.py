@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
@@ -53,7 +53,8 @@ class Prompt:
         if not isinstance(self.demonstrations, Iterable):
             raise PromptError(f"demonstrations is a {type(self.demonstrations).__name__}; expected a list of strings")
         object.__setattr__(self, "demonstrations", tuple(self.demonstrations))
-        for name, text in self._named():
+        named = [(f"demonstrations[{i}]", text) for i, text in enumerate(self.demonstrations)]
+        for name, text in [("instruction", self.instruction), *named, ("question", self.question)]:
             if not isinstance(text, str):
                 raise PromptError(f"{name} is a {type(text).__name__}; expected a string")
             try:
@@ -80,10 +81,6 @@ class Prompt:
                 raise PromptError(
                     f"pinned holds {number!r}, but the prompt has {count} demonstrations; they are numbered from 0"
                 )
-
-    def _named(self) -> list[tuple[str, str]]:
-        named = [(f"demonstrations[{i}]", text) for i, text in enumerate(self.demonstrations)]
-        return [("instruction", self.instruction), *named, ("question", self.question)]
 
 
 PROMPT_KEYS = tuple(field.name for field in fields(Prompt))
@@ -126,11 +123,3 @@ def compile_keep(keep: Sequence[Keep]) -> list[re.Pattern[str]]:
         else:
             raise ConfigError(f"keep holds {item!r}; expected a non-empty string, a compiled str pattern or a Preset")
     return patterns
-
-
-def protected_spans(text: str, patterns: Sequence[re.Pattern[str]]) -> Iterator[tuple[int, int]]:
-    """Start and end (characters) of every match that is not empty."""
-    for pattern in patterns:
-        for match in pattern.finditer(text):
-            if match.end() > match.start():
-                yield match.span()

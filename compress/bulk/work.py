@@ -10,8 +10,7 @@ from typing import Any
 from terselm.compress.bulk.files import Output, SourceRow
 from terselm.compress.bulk.rows import PromptRow, read_prompt_row, result_values
 from terselm.compress.compressor import PromptCompressor
-from terselm.compress.counter import resolve_counter
-from terselm.compress.length import Length
+from terselm.compress.length import Length, resolve_counter
 from terselm.compress.prompt import Keep, compile_keep
 from terselm.compress.settings import CompressionSettings
 from terselm.data.rows import Json
