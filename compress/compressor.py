@@ -58,12 +58,7 @@ class PromptCompressor:
 
     @classmethod
     def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        device: str = "auto",
-        dtype: str = "auto",
-        settings: CompressionSettings | None = None,
+        cls, name: str | Path, *, device: str = "auto", dtype: str = "auto", settings: CompressionSettings | None = None
     ) -> PromptCompressor:
         """Load the small LM by alias, folder, run folder, adapter or hub id; see `load_causal_lm`."""
         return cls(load_causal_lm(name, device=device, dtype=dtype), settings=settings)

@@ -61,16 +61,6 @@ class Prompt:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise PromptError(f"{name} holds half a surrogate pair at character {error.start}") from None
-        self._check_pinned()
-
-    def pieces(self) -> list[Piece]:
-        """What is not empty, in the order instruction, demonstrations, question."""
-        pieces = [Piece(part=Part.INSTRUCTION, index=0, text=self.instruction)]
-        pieces += [Piece(part=Part.DEMONSTRATION, index=i, text=text) for i, text in enumerate(self.demonstrations)]
-        pieces.append(Piece(part=Part.QUESTION, index=0, text=self.question))
-        return [piece for piece in pieces if piece.text]
-
-    def _check_pinned(self) -> None:
         pinned: object = self.pinned  # from a caller without types, or a row
         if isinstance(pinned, str) or not isinstance(pinned, Iterable):
             raise PromptError(f"pinned is {pinned!r}; expected a list of numbers of demonstrations")
@@ -81,6 +71,13 @@ class Prompt:
                 raise PromptError(
                     f"pinned holds {number!r}, but the prompt has {count} demonstrations; they are numbered from 0"
                 )
+
+    def pieces(self) -> list[Piece]:
+        """What is not empty, in the order instruction, demonstrations, question."""
+        pieces = [Piece(part=Part.INSTRUCTION, index=0, text=self.instruction)]
+        pieces += [Piece(part=Part.DEMONSTRATION, index=i, text=text) for i, text in enumerate(self.demonstrations)]
+        pieces.append(Piece(part=Part.QUESTION, index=0, text=self.question))
+        return [piece for piece in pieces if piece.text]
 
 
 PROMPT_KEYS = tuple(field.name for field in fields(Prompt))

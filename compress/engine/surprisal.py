@@ -22,6 +22,7 @@ from terselm.errors import ModelError
 from terselm.models import CausalLM
 from terselm.models.memory import free_bytes, kv_bytes
 from terselm.models.reading import OutputHead, cache_argument, fast_attention, grain, last_states
+from terselm.models.scoring import RowScorer, Window
 
 if TYPE_CHECKING:
     from terselm.statistics import Ints
@@ -74,8 +75,6 @@ class SurprisalEngine:
         Returns:
             one ``(T_i,)`` float32 array a text, nats.
         """
-        from terselm.models.scoring import RowScorer, Window  # most budgets are divided without any such text
-
         scorer = RowScorer(
             self.lm,
             head=self._forward.head,
