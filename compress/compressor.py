@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -154,7 +156,9 @@ class PromptCompressor:
             the seconds that it took.
         """
         started = time.perf_counter()
-        prompts = prompts or [_usual_prompt()]
+        if not prompts:
+            usual = files("terselm.data") / "sample/prompts/few_shot_maths.json"
+            prompts = [Prompt(**json.loads(usual.read_text("utf-8")))]
         if budget is None and rate is None:
             rate = 0.1
         other = copy.copy(self)
@@ -162,10 +166,3 @@ class PromptCompressor:
         for _ in range(2):
             other.compress_batch(prompts, budget=budget, rate=rate)
         return time.perf_counter() - started
-
-
-def _usual_prompt() -> Prompt:
-    import json
-    from importlib.resources import files
-
-    return Prompt(**json.loads((files("terselm.data") / "sample/prompts/few_shot_maths.json").read_text("utf-8")))

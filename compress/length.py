@@ -219,7 +219,7 @@ class BudgetFit:
                     f"raise the budget to {self.size} or protect less",
                     smallest=self.size,
                 )
-            step = max(1, (self.size - self._budget) * int(self.kept.sum()) // (2 * self.size))
+            step = self._first_step()
             self.kept[worst[done : done + step]] = False
             done = min(done + step, len(worst))
             self.text = self._layout.text(self.kept)
@@ -251,10 +251,8 @@ class BudgetFit:
                 step //= 2
 
     def _first_step(self) -> int:
-        """As many units as fill half of what is free, if they are as long as those that are kept."""
-        if not self.size:
-            return 1
-        return max(1, (self._budget - self.size) * int(self.kept.sum()) // (2 * self.size))
+        """As many units as make up half of the difference, if they are as long as those that are kept."""
+        return max(1, abs(self._budget - self.size) * int(self.kept.sum()) // (2 * self.size)) if self.size else 1
 
     def _nothing_fits(self) -> BudgetError:
         smallest = smallest_budget(self._layout, self.count)

@@ -22,7 +22,6 @@ from terselm.errors import ModelError
 from terselm.models import CausalLM
 from terselm.models.memory import free_bytes, kv_bytes
 from terselm.models.reading import OutputHead, cache_argument, fast_attention, grain, last_states
-from terselm.models.scoring import RowScorer, Window
 
 if TYPE_CHECKING:
     from terselm.statistics import Ints
@@ -75,6 +74,8 @@ class SurprisalEngine:
         Returns:
             one ``(T_i,)`` float32 array a text, nats.
         """
+        from terselm.models.scoring import RowScorer, Window  # many prompts need no such text
+
         scorer = RowScorer(
             self.lm,
             head=self._forward.head,

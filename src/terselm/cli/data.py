@@ -26,8 +26,7 @@ _Records = Annotated[Path, typer.Argument(help="Records: ours, alpaca, sharegpt,
 _NewFile = Annotated[Path, typer.Option(help="File to write; it must not exist.")]
 _Out = Annotated[Path, typer.Option(help="File of records to write (JSONL).")]
 _Source = Annotated[
-    str | None,
-    typer.Option(help="Instructions: JSONL, JSON, CSV, Parquet, a data set's folder, or hub:OWNER/NAME."),
+    str | None, typer.Option(help="Instructions: JSONL, JSON, CSV, Parquet, a data set's folder, or hub:OWNER/NAME.")
 ]
 _Endpoint = Annotated[str | None, typer.Option(help="https://…/v1, or local:MODEL.")]
 _Model = Annotated[str | None, typer.Option(help="The model, as the endpoint calls it.")]
