@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from terselm.compress.counter import Count, resolve_counter
 from terselm.compress.engine.reader import ScoreReader
 from terselm.compress.engine.surprisal import SurprisalEngine, require_attention
-from terselm.compress.length import Length, lengths_of
+from terselm.compress.length import Count, Length, lengths_of, resolve_counter
 from terselm.compress.pipeline import Pipeline
 from terselm.compress.prompt import Keep, Prompt, compile_keep
 from terselm.compress.result import CompressionResult
@@ -59,12 +60,7 @@ class PromptCompressor:
 
     @classmethod
     def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        device: str = "auto",
-        dtype: str = "auto",
-        settings: CompressionSettings | None = None,
+        cls, name: str | Path, *, device: str = "auto", dtype: str = "auto", settings: CompressionSettings | None = None
     ) -> PromptCompressor:
         """Load the small LM by alias, folder, run folder, adapter or hub id; see `load_causal_lm`."""
         return cls(load_causal_lm(name, device=device, dtype=dtype), settings=settings)
@@ -167,7 +163,9 @@ class PromptCompressor:
             the seconds that it took.
         """
         started = time.perf_counter()
-        prompts = prompts or [_usual_prompt()]
+        if not prompts:
+            usual = files("terselm.data") / "sample/prompts/few_shot_maths.json"
+            prompts = [Prompt(**json.loads(usual.read_text("utf-8")))]
         if budget is None and rate is None:
             rate = 0.1
         other = copy.copy(self)
@@ -175,10 +173,3 @@ class PromptCompressor:
         for _ in range(2):
             other.compress_batch(prompts, budget=budget, rate=rate)
         return time.perf_counter() - started
-
-
-def _usual_prompt() -> Prompt:
-    import json
-    from importlib.resources import files
-
-    return Prompt(**json.loads((files("terselm.data") / "sample/prompts/few_shot_maths.json").read_text("utf-8")))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from terselm.compress.prompt import Part, Piece, Prompt, protected_spans
+from terselm.compress.prompt import Part, Piece, Prompt
 from terselm.compress.settings import CompressionSettings, UnitKind
 from terselm.errors import PromptError
 
@@ -190,10 +190,10 @@ class LayoutMaker:
 
     def _protected(self, piece: Piece, units: Units, patterns: Sequence[re.Pattern[str]]) -> Mask:
         mask = np.full(len(units), piece.part in self._protected_parts)
-        for start, end in protected_spans(piece.text, patterns):
-            low = np.searchsorted(units.bounds, start, side="right") - 1
-            high = np.searchsorted(units.bounds, end, side="left")
-            mask[low:high] = True
+        for start, end in (match.span() for pattern in patterns for match in pattern.finditer(piece.text)):
+            if start < end:
+                low = np.searchsorted(units.bounds, start, side="right") - 1
+                mask[low : np.searchsorted(units.bounds, end, side="left")] = True
         return mask
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
-from terselm.compress.counter import Count
 from terselm.compress.layout import Layout
-from terselm.compress.length import Length
+from terselm.compress.length import Count, Length
 from terselm.compress.prompt import Part, Prompt
 from terselm.compress.result import CompressionResult
 from terselm.errors import BudgetError, PromptError
@@ -58,26 +58,26 @@ class Chat:
         }
         if not any(self._texts.values()):
             raise PromptError("the messages hold no text; nothing can be compressed")
-        self._question = max((place for place in self._texts if messages[place[0]]["role"] == "user"), default=None)
-        self._turns: list[list[Place]] = []
-        self._instruction: list[Place] = []
+        question = max((place for place in self._texts if messages[place[0]]["role"] == "user"), default=None)
+        turns: list[list[Place]] = []
+        instruction: list[Place] = []
         before = None
         for place in self._texts:
             role = messages[place[0]]["role"]
             if role in _SYSTEM and place[0] == 0:
-                self._instruction.append(place)
-            elif place != self._question:
-                if not self._turns or (role == "user" and place[0] != before):
-                    self._turns.append([])
-                self._turns[-1].append(place)
+                instruction.append(place)
+            elif place != question:
+                if not turns or (role == "user" and place[0] != before):
+                    turns.append([])
+                turns[-1].append(place)
                 before = place[0]
+        self._places = {(Part.DEMONSTRATION, number): turn for number, turn in enumerate(turns)}
+        self._places |= {(Part.INSTRUCTION, 0): instruction, (Part.QUESTION, 0): [question] if question else []}
 
     def prompt(self) -> Prompt:
-        return Prompt(
-            instruction=self._join(self._instruction),
-            demonstrations=[self._join(turn) for turn in self._turns],
-            question=self._texts[self._question] if self._question else "",
-        )
+        texts = {piece: _GLUE.join(self._texts[place] for place in places) for piece, places in self._places.items()}
+        question, instruction = texts.pop((Part.QUESTION, 0)), texts.pop((Part.INSTRUCTION, 0))
+        return Prompt(instruction=instruction, demonstrations=list(texts.values()), question=question)
 
     def texts(self) -> list[str]:
         return list(self._texts.values())
@@ -85,12 +85,13 @@ class Chat:
     def kept(self, spans: Iterable[Span]) -> dict[Place, str]:
         """What is left of every text where these spans of the prompt are kept."""
         kept = dict.fromkeys(self._texts, "")
-        begins = {(Part.INSTRUCTION, 0): self._begins(self._instruction)}
-        begins |= {(Part.DEMONSTRATION, number): self._begins(turn) for number, turn in enumerate(self._turns)}
-        begins[Part.QUESTION, 0] = self._begins([self._question] if self._question else [])
+        begins: dict[Place, int] = {}  # where each text begins in the piece that it is a part of
+        for places in self._places.values():
+            lengths = (len(self._texts[place]) + len(_GLUE) for place in places)
+            begins |= zip(places, accumulate(lengths, initial=0), strict=False)
         for part, index, start, end in spans:
-            for place, begin in begins[part, index]:
-                kept[place] += self._texts[place][max(0, start - begin) : max(0, end - begin)]
+            for place in self._places[part, index]:
+                kept[place] += self._texts[place][max(0, start - begins[place]) : max(0, end - begins[place])]
         return kept
 
     def rebuilt(self, kept: Mapping[Place, str]) -> list[dict[str, Any]]:
@@ -100,28 +101,15 @@ class Chat:
             content = message.get("content")
             if isinstance(content, str):
                 left: Any = kept[number, 0]
-            elif content is not None:
-                left = [
+            else:
+                left = content and [
                     {**part, "text": kept[number, index]} if (number, index) in kept else part
                     for index, part in enumerate(content)
                     if (number, index) not in kept or kept[number, index]
                 ]
-            else:
-                left = None
             if left or message["role"] == "tool" or message.get("tool_calls") or message.get("function_call"):
                 rebuilt.append({**message, "content": left} if "content" in message else dict(message))
         return rebuilt
-
-    def _join(self, places: Sequence[Place]) -> str:
-        return _GLUE.join(self._texts[place] for place in places)
-
-    def _begins(self, places: Sequence[Place]) -> list[tuple[Place, int]]:
-        """Where each text begins in the joined one."""
-        begins, begin = [], 0
-        for place in places:
-            begins.append((place, begin))
-            begin += len(self._texts[place]) + len(_GLUE)
-        return begins
 
 
 def compress_chat(

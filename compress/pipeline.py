@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from terselm.compress.budget import BudgetController, Plan, allocate
-from terselm.compress.counter import Count, TokenizerCounter, count_all
-from terselm.compress.fit import BudgetFit, fit_all, smallest_budget
 from terselm.compress.itpc import IterativeCompression
 from terselm.compress.layout import Floats32, Layout, LayoutMaker
-from terselm.compress.length import Length
+from terselm.compress.length import BudgetFit, Count, Length, TokenizerCounter, count_all, fit_all, smallest_budget
 from terselm.compress.prompt import Part, Prompt
 from terselm.compress.result import CompressionResult, DecisionArrays, Reason
 from terselm.compress.settings import CompressionSettings, Selection
@@ -105,7 +103,7 @@ class Pipeline:
                 results[number] = _unchanged(layout, original, budget)
                 continue
             tokens = budget if counter is None else budget * layout.total_tokens // max(1, original)
-            controller = allocate(layout, tokens, prompt, self._settings, partial(_excess, count, budget))
+            controller = allocate(layout, tokens, prompt, self._settings, lambda text, most=budget: count(text) - most)
             jobs[number] = _Job(layout=layout, controller=controller, original=original, budget=budget)
         results |= zip(jobs, self._shorten(list(jobs.values()), count), strict=True)
         return [results[number] for number in range(len(prompts))]
@@ -160,10 +158,6 @@ class Pipeline:
         if plan.left_out and not job.read and job.ranks is None:
             self._read([job])
         return plan.spare(job.perplexities())
-
-
-def _excess(count: Count, budget: int, text: str) -> int:
-    return count(text) - budget
 
 
 def _keep_at_random(stage: IterativeCompression, chance: np.random.Generator) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
@@ -53,23 +53,14 @@ class Prompt:
         if not isinstance(self.demonstrations, Iterable):
             raise PromptError(f"demonstrations is a {type(self.demonstrations).__name__}; expected a list of strings")
         object.__setattr__(self, "demonstrations", tuple(self.demonstrations))
-        for name, text in self._named():
+        named = [(f"demonstrations[{i}]", text) for i, text in enumerate(self.demonstrations)]
+        for name, text in [("instruction", self.instruction), *named, ("question", self.question)]:
             if not isinstance(text, str):
                 raise PromptError(f"{name} is a {type(text).__name__}; expected a string")
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise PromptError(f"{name} holds half a surrogate pair at character {error.start}") from None
-        self._check_pinned()
-
-    def pieces(self) -> list[Piece]:
-        """What is not empty, in the order instruction, demonstrations, question."""
-        pieces = [Piece(part=Part.INSTRUCTION, index=0, text=self.instruction)]
-        pieces += [Piece(part=Part.DEMONSTRATION, index=i, text=text) for i, text in enumerate(self.demonstrations)]
-        pieces.append(Piece(part=Part.QUESTION, index=0, text=self.question))
-        return [piece for piece in pieces if piece.text]
-
-    def _check_pinned(self) -> None:
         pinned: object = self.pinned  # from a caller without types, or a row
         if isinstance(pinned, str) or not isinstance(pinned, Iterable):
             raise PromptError(f"pinned is {pinned!r}; expected a list of numbers of demonstrations")
@@ -81,9 +72,12 @@ class Prompt:
                     f"pinned holds {number!r}, but the prompt has {count} demonstrations; they are numbered from 0"
                 )
 
-    def _named(self) -> list[tuple[str, str]]:
-        named = [(f"demonstrations[{i}]", text) for i, text in enumerate(self.demonstrations)]
-        return [("instruction", self.instruction), *named, ("question", self.question)]
+    def pieces(self) -> list[Piece]:
+        """What is not empty, in the order instruction, demonstrations, question."""
+        pieces = [Piece(part=Part.INSTRUCTION, index=0, text=self.instruction)]
+        pieces += [Piece(part=Part.DEMONSTRATION, index=i, text=text) for i, text in enumerate(self.demonstrations)]
+        pieces.append(Piece(part=Part.QUESTION, index=0, text=self.question))
+        return [piece for piece in pieces if piece.text]
 
 
 PROMPT_KEYS = tuple(field.name for field in fields(Prompt))
@@ -126,11 +120,3 @@ def compile_keep(keep: Sequence[Keep]) -> list[re.Pattern[str]]:
         else:
             raise ConfigError(f"keep holds {item!r}; expected a non-empty string, a compiled str pattern or a Preset")
     return patterns
-
-
-def protected_spans(text: str, patterns: Sequence[re.Pattern[str]]) -> Iterator[tuple[int, int]]:
-    """Start and end (characters) of every match that is not empty."""
-    for pattern in patterns:
-        for match in pattern.finditer(text):
-            if match.end() > match.start():
-                yield match.span()

@@ -79,11 +79,13 @@ class Batcher:
                 return
 
     def _answer(self, group: Sequence[Waiting]) -> None:
+        first = group[0]  # the others keep and count alike
         try:
-            results = self._compress(group)
+            prompts, lengths = [one.row.prompt for one in group], [one.row.length for one in group]
+            results = self._compressor.compress_batch(prompts, lengths=lengths, keep=first.keep, counter=first.counter)
         except Exception as error:
             if len(group) == 1:
-                group[0].answer.set_exception(error)
+                first.answer.set_exception(error)
                 return
         else:
             for waiting, result in zip(group, results, strict=True):
@@ -91,15 +93,6 @@ class Batcher:
             return
         for waiting in group:  # only the one that causes the error gets it
             self._answer([waiting])
-
-    def _compress(self, group: Sequence[Waiting]) -> list[CompressionResult]:
-        """Requests that keep and count alike."""
-        return self._compressor.compress_batch(
-            [waiting.row.prompt for waiting in group],
-            lengths=[waiting.row.length for waiting in group],
-            keep=group[0].keep,
-            counter=group[0].counter,
-        )
 
 
 def make_app(compressor: PromptCompressor, *, most: int = 64) -> FastAPI:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from terselm.compress.counter import Count, plain_backend
+from terselm.compress.length import Count, plain_backend
 from terselm.compress.prompt import Prompt
 from terselm.evaluate.items import full_text
 from terselm.evaluate.methods import Compressed

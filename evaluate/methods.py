@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from terselm.compress.counter import Count
+from terselm.compress.length import Count
 from terselm.compress.prompt import Prompt
 from terselm.errors import BudgetError
 from terselm.statistics import word_spans

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from terselm.compress.counter import Count
+from terselm.compress.length import Count
 from terselm.compress.settings import PAPER_INSTRUCTION_RATE, PAPER_QUESTION_RATE, CompressionSettings
 from terselm.config import load_config
 from terselm.errors import ConfigError

@@ -14,7 +14,7 @@ from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
 
-from terselm.compress.counter import resolve_counter
+from terselm.compress.length import resolve_counter
 from terselm.data.journal import Journal, locked
 from terselm.errors import ConfigError
 from terselm.evaluate.figures import Figures, Figuring

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from terselm.compress.counter import Count
+from terselm.compress.length import Count
 from terselm.config import refuse
 from terselm.errors import ConfigError
 from terselm.evaluate.items import Item, full_text

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from terselm.compress.counter import Count, TokenizerCounter, resolve_counter
+from terselm.compress.length import Count, TokenizerCounter, resolve_counter
 from terselm.data.collection.collect import ask, open_run
 from terselm.data.collection.plan import plan_requests
 from terselm.data.collection.settings import Api, CollectSettings, LimitSettings, Options, PromptTemplate

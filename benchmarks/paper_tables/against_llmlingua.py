@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from paper_tables.plan import MATCHED, PEER, journal_for, methods_of, settings_of
-from terselm.compress.counter import Count, resolve_counter
+from terselm.compress.length import Count, resolve_counter
 from terselm.compress.prompt import Prompt
 from terselm.evaluate.measurements import JOURNAL
 from terselm.evaluate.methods import Compressed, EvaluationMethod

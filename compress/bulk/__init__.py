@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from terselm.compress.bulk.files import Output, RowSource, SourceRow, dump_row, open_output, open_source
 from terselm.compress.bulk.journals import Journals
-from terselm.compress.bulk.work import BulkSettings, Worker
+from terselm.compress.bulk.rows import PromptRow, read_prompt_row, result_values
 from terselm.compress.compressor import PromptCompressor
+from terselm.compress.length import Length, resolve_counter
+from terselm.compress.prompt import Keep, compile_keep
+from terselm.compress.settings import CompressionSettings
 from terselm.data.journal import locked
 from terselm.data.rows import Json
-from terselm.errors import ConfigError, DataFormatError
+from terselm.errors import BudgetError, ConfigError, ContextLengthError, DataFormatError, PromptError, TerseLMError
 from terselm.extras import first_line
 from terselm.files import atomic_file, remove_partials
 from terselm.models.process import Process, current_process
@@ -25,6 +30,52 @@ __all__ = ["BulkSettings", "BulkSummary", "compress_file"]
 
 _PATIENCE = 1800.0  # seconds without a sign of the other processes
 _POLL = 0.5  # seconds
+_FAULTS_OF_A_ROW = (BudgetError, PromptError, ContextLengthError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BulkSettings:
+    """How to compress a file.
+
+    Attributes:
+        model: name of the small LM; results of different models are not mixed.
+        dtype: its number format, likewise.
+        budget: tokens allowed, for rows that say nothing else.
+        rate: instead, the fraction to keep; with neither, each row must give its own.
+        keep: what must survive, in every row.
+        counter: tokenizer in which budgets are counted; by default the small LM's.
+        compression: the settings of the compressor.
+        batch_size: rows that are compressed, and committed to disk, together.
+
+    Raises:
+        ConfigError, BudgetError: a value out of its range.
+    """
+
+    model: str
+    dtype: str = "auto"
+    budget: int | None = None
+    rate: float | None = None
+    keep: Sequence[Keep] = ()
+    counter: str | None = None
+    compression: CompressionSettings = field(default_factory=CompressionSettings)
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.budget is not None or self.rate is not None:
+            Length(budget=self.budget, rate=self.rate)
+        if isinstance(self.keep, str | re.Pattern):
+            object.__setattr__(self, "keep", (self.keep,))
+        compile_keep(self.keep)
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size is {self.batch_size}; expected at least 1 row")
+
+    def binding(self) -> dict[str, Any]:
+        """What a result depends on, as plain values."""
+        compression = asdict(self.compression)
+        del compression["cache_bytes"]  # changes no result
+        keep = [(item.pattern, item.flags) if isinstance(item, re.Pattern) else repr(item) for item in self.keep]
+        own = {name: getattr(self, name) for name in ("model", "dtype", "budget", "rate", "counter")}
+        return own | {"keep": keep} | compression
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,13 +232,9 @@ class _BulkRun:
             remove_partials(out)
             with atomic_file(out, binary=True) as file:
                 self.output.write(file, result)
+        path = aside if rejected else None
         return BulkSummary(
-            out=out,
-            rows=source.count,
-            rejected=len(rejected),
-            reused=reused,
-            rejected_path=aside if rejected else None,
-            **tokens,
+            out=out, rows=source.count, rejected=len(rejected), reused=reused, rejected_path=path, **tokens
         )
 
     def _set_aside(self, path: Path, entry: Callable[[int], Json]) -> None:
@@ -225,6 +272,70 @@ class _BulkRun:
                 done = len(self.journals)
 
             yield update
+
+
+class Worker:
+    """Turns rows into entries of a journal: compresses them together, and finds those that cannot be compressed.
+
+    Args:
+        output: what the rows are for; a row that it cannot hold is set aside.
+    """
+
+    def __init__(self, compressor: PromptCompressor, output: Output, settings: BulkSettings) -> None:
+        self._compressor = compressor
+        self._output = output
+        self._settings = settings
+        self._count = resolve_counter(settings.counter)
+
+    def entries(self, rows: Sequence[SourceRow]) -> list[Json]:
+        """One entry a row, in order: ``{"line": n, "result": {…}}``, or ``{"line": n, "reason": "…"}``.
+
+        Raises:
+            Exception: what the compressor raises when it no longer works at all.
+        """
+        entries: dict[int, Json] = {}
+        readable = []
+        for row in rows:
+            try:
+                values = row.values()
+                self._output.check(values)
+                readable.append(read_prompt_row(row.number, values, self._settings.budget, self._settings.rate))
+            except (TerseLMError, ValueError, TypeError, RecursionError) as error:
+                entries[row.number] = _rejection(row.number, error)
+        entries |= {entry["line"]: entry for entry in self._try(readable)}
+        return [entries[row.number] for row in rows]
+
+    def _try(self, rows: Sequence[PromptRow]) -> list[Json]:
+        """Compress together; what fails is halved until the guilty row stands alone."""
+        if not rows:
+            return []
+        prompts, lengths = [row.prompt for row in rows], [row.length for row in rows]
+        try:
+            results = self._compressor.compress_batch(
+                prompts, lengths=lengths, keep=self._settings.keep, counter=self._count
+            )
+            values = map(result_values, results)
+            return [{"line": row.number, "result": each} for row, each in zip(rows, values, strict=True)]
+        except Exception as error:
+            if len(rows) == 1:
+                return [self._blame(rows[0], error)]
+        # Not inside the handler: the error holds on to the tensors of the batch.
+        half = len(rows) // 2
+        return self._try(rows[:half]) + self._try(rows[half:])
+
+    def _blame(self, row: PromptRow, error: Exception) -> Json:
+        """The rejection of a row, unless the machine is at fault: a GPU that failed once fails ever after."""
+        if not isinstance(error, _FAULTS_OF_A_ROW):
+            # The number makes it a text that was not read before.
+            self._compressor.compress_text(f"Row {row.number} failed, so this is read in its place.", rate=0.5)
+        return _rejection(row.number, error)
+
+
+def _rejection(number: int, error: Exception) -> Json:
+    reason = " ".join(str(error).split())
+    if not isinstance(error, TerseLMError):
+        reason = f"{type(error).__name__}: {reason}"
+    return {"line": number, "reason": reason.encode(errors="backslashreplace").decode()}
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from decimal import Decimal
@@ -19,9 +19,7 @@ from terselm.data.rows import Json, parse_object
 from terselm.errors import ConfigError, DataFormatError
 from terselm.extras import first_line, need
 
-_JSONL = (".jsonl", ".ndjson")
-_PARQUET = (".parquet",)
-
+_ENDINGS = (".jsonl", ".ndjson", ".parquet")
 _ROWS_AT_ONCE = 1024  # of Parquet
 
 Results = Callable[[int], Json | None]
@@ -35,9 +33,7 @@ def open_source(path: Path) -> RowSource:
         ConfigError: another ending; or Parquet without pyarrow.
         DataFormatError: it cannot be read.
     """
-    if _is_parquet(path):
-        return ParquetSource(path)
-    return JsonlSource(path)
+    return ParquetSource(path) if _is_parquet(path) else JsonlSource(path)
 
 
 def open_output(path: Path, source: RowSource) -> Output:
@@ -46,17 +42,13 @@ def open_output(path: Path, source: RowSource) -> Output:
     Raises:
         ConfigError: another ending; Parquet without pyarrow; or values that a Parquet column cannot hold.
     """
-    if _is_parquet(path):
-        return ParquetOutput(source)
-    return JsonlOutput(source)
+    return ParquetOutput(source) if _is_parquet(path) else JsonlOutput(source)
 
 
 def _is_parquet(path: Path) -> bool:
-    if (suffix := path.suffix.lower()) not in (*_JSONL, *_PARQUET):
-        raise ConfigError(
-            f"{path} is neither JSON Lines nor Parquet; expected a name in {', '.join(_JSONL + _PARQUET)}"
-        )
-    return suffix in _PARQUET
+    if (suffix := path.suffix.lower()) not in _ENDINGS:
+        raise ConfigError(f"{path} is neither JSON Lines nor Parquet; expected a name in {', '.join(_ENDINGS)}")
+    return suffix == ".parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,10 +279,9 @@ def _infer(source: RowSource) -> Any:
                 before = arrow.schema([(name, types.get(name, arrow.null()))])
                 types[name] = arrow.unify_schemas([before, here], promote_options="permissive").field(name).type
         schema = arrow.schema(types.items())
+        writer = need("pyarrow.parquet", "collect").ParquetWriter
         for name in types:
-            with need("pyarrow.parquet", "collect").ParquetWriter(
-                arrow.BufferOutputStream(), arrow.schema([schema.field(name)])
-            ):
+            with writer(arrow.BufferOutputStream(), arrow.schema([schema.field(name)])):
                 pass  # not every type of Arrow is one of Parquet
         for rows in _chunks(source):
             for name in types:
@@ -316,8 +307,6 @@ def _chunks(source: RowSource) -> Iterator[list[tuple[int, Json]]]:
 
 def _readable_rows(source: RowSource) -> Iterator[tuple[int, Json]]:
     for row in source.rows():
-        try:
-            values = passed_through(row.values())
-        except DataFormatError:  # it will be set aside
-            continue
-        yield row.number, {key: value for key, value in values.items() if key not in RESULT_KEYS}
+        with suppress(DataFormatError):  # it will be set aside
+            values = passed_through(row.values()).items()
+            yield row.number, {key: value for key, value in values if key not in RESULT_KEYS}

@@ -72,13 +72,11 @@ class Journals:
                         self._check(path, entry)
                         self._bound.add(path)
                     elif isinstance(entry.get("line"), int) and ("result" in entry) != ("reason" in entry):
-                        self._note(entry, (path, offset))
+                        place = path, offset
+                        if self._places.setdefault(entry["line"], place) == place and "reason" in entry:
+                            self.rejected.add(entry["line"])
                     else:
                         raise DataFormatError(path, None, f"holds a line that is not an entry (at byte {offset})")
-
-    def _note(self, entry: Json, place: tuple[Path, int]) -> None:
-        if self._places.setdefault(entry["line"], place) == place and "reason" in entry:
-            self.rejected.add(entry["line"])
 
     def __contains__(self, number: int) -> bool:
         return number in self._places

@@ -37,16 +37,17 @@ class StaticCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[])
         self.slots = slots
         self.new: Tensor | None = None  # (S,), the slots that a pass writes
-        self.buffers: list[tuple[Tensor, Tensor]] = []
+        self.buffers: list[tuple[Tensor, ...]] = []  # of each layer, keys and values: (B, H, slots, D)
+
+    def add_layer(self, rows: int, *like: Tensor) -> None:
+        """Empty buffers for keys and values such as these ``(B, H, S, D)``."""
+        self.buffers.append(tuple(x.new_zeros(rows, x.shape[1], self.slots, x.shape[3]) for x in like))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if layer_idx == len(self.buffers):
-            shape = (*key_states.shape[:2], self.slots, key_states.shape[3])
-            self.buffers.append(
-                (key_states.new_zeros(shape), value_states.new_zeros(*shape[:3], value_states.shape[3]))
-            )
+            self.add_layer(len(key_states), key_states, value_states)
         assert self.new is not None
         keys, values = self.buffers[layer_idx]
         keys.index_copy_(2, self.new, key_states)
@@ -187,15 +188,12 @@ class GraphMemory:
         if not old.buffers or not self._used:
             return
         index = torch.tensor(list(which)[:rows], device=old.buffers[0][0].device)
-        for layer, (keys, values) in enumerate(old.buffers):
-            kept_keys, kept_values = keys[index, :, : self._used], values[index, :, : self._used]
+        for layer, held in enumerate(old.buffers):
+            kept = [buffer[index, :, : self._used] for buffer in held]
             if layer == len(self._cache.buffers):
-                shape = (rows, keys.shape[1], size)
-                self._cache.buffers.append(
-                    (keys.new_zeros(*shape, keys.shape[3]), values.new_zeros(*shape, values.shape[3]))
-                )
-            for buffer, kept in zip(self._cache.buffers[layer], (kept_keys, kept_values), strict=True):
-                buffer[: len(index), :, : self._used] = kept
+                self._cache.add_layer(rows, *held)
+            for buffer, values in zip(self._cache.buffers[layer], kept, strict=True):
+                buffer[: len(index), :, : self._used] = values
 
 
 def _rows(rows: int) -> int:

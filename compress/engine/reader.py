@@ -9,13 +9,13 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from terselm.compress.engine.surprisal import SurprisalEngine
 from terselm.compress.itpc import IterativeCompression, ScoreRequest
 from terselm.compress.layout import Floats32, Layout
 from terselm.compress.prompt import Part
-from terselm.models.memory import text_too_large
+from terselm.errors import ModelError
+from terselm.models.memory import in_halves, text_too_large
 
 if TYPE_CHECKING:
     from terselm.statistics import Ints
@@ -85,24 +85,17 @@ class ScoreReader:
         while left:
             longest = left[0].longest
             rows = 1 if longest > window or len(left) == 1 else self._engine.rows_at_once(longest)
-            self._advance_or_halve(left[:rows])
+            in_halves(self._advance, left[:rows], self._too_large, self._engine.give_back_memory)
             left = left[rows:]
 
-    def _advance_or_halve(self, stages: list[IterativeCompression]) -> None:
-        try:
-            self._advance(stages)
-            return
-        except torch.OutOfMemoryError:
-            if len(stages) == 1:
-                raise text_too_large(self._engine.lm, min(stages[0].longest, self._engine.window)) from None
-        self._engine.give_back_memory()  # here, where the exception no longer holds the frames
-        for stage in stages:
-            stage.forget()
-        half = len(stages) // 2
-        self._advance_or_halve(stages[:half])
-        self._advance_or_halve(stages[half:])
+    def _too_large(self, stage: IterativeCompression) -> ModelError:
+        return text_too_large(self._engine.lm, min(stage.longest, self._engine.window))
 
-    def _advance(self, stages: list[IterativeCompression]) -> None:
+    def _advance(self, together: Sequence[IterativeCompression]) -> list[IterativeCompression]:
+        """Take these prompts to the end of Stage 2 in one session; give them back."""
+        stages = list(together)
+        for stage in stages:
+            stage.forget()  # what a session that ran out of memory had read
         session = self._engine.session(len(stages))
         while stages:
             asked = [self._next_unread(stage) for stage in stages]
@@ -116,6 +109,7 @@ class ScoreReader:
             for stage, request, values in zip(stages, requests, session.step(requests), strict=True):
                 self._cache.put(_key(request), values)
                 stage.receive(values)
+        return list(together)
 
     def _next_unread(self, stage: IterativeCompression) -> ScoreRequest | None:
         """The next segment that is not in the cache; those before it are answered."""

@@ -22,7 +22,6 @@ from terselm.errors import ModelError
 from terselm.models import CausalLM
 from terselm.models.memory import free_bytes, kv_bytes
 from terselm.models.reading import OutputHead, cache_argument, fast_attention, grain, last_states
-from terselm.models.scoring import RowScorer, Window
 
 if TYPE_CHECKING:
     from terselm.statistics import Ints
@@ -75,6 +74,8 @@ class SurprisalEngine:
         Returns:
             one ``(T_i,)`` float32 array a text, nats.
         """
+        from terselm.models.scoring import RowScorer, Window  # many prompts need no such text
+
         scorer = RowScorer(
             self.lm,
             head=self._forward.head,
@@ -87,7 +88,7 @@ class SurprisalEngine:
     def rows_at_once(self, longest: int) -> int:
         """How many prompts, none of which reads more than ``longest`` tokens, advance together in the free memory."""
         free = free_bytes(self._forward.device)
-        return max(1, int(_SHARE_FOR_CACHE * free) // (self._forward.bytes_per_token * longest))
+        return max(1, int(_SHARE_FOR_CACHE * free) // (kv_bytes(self.lm.model, self.lm.model.dtype) * longest))
 
     def give_back_memory(self) -> None:
         """After the GPU's memory was exhausted."""
@@ -207,11 +208,6 @@ class Forward:
         """Last hidden states ``(B, T, H)`` of texts ``(B, T)`` that are padded at their ends."""
         return last_states(self._model, ids)
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Of the keys and values of one token, over all layers."""
-        return kv_bytes(self._model, self._dtype)
-
     def extend(self, ids: Tensor, positions: Tensor, slots: Tensor, new: Tensor, cache: Any) -> Tensor:
         """Last hidden states ``(B, S, H)`` of new tokens ``(B, S)``, whose keys and values enter ``cache``.
 
@@ -223,14 +219,10 @@ class Forward:
         distance = positions[:, :, None] - slots[:, None, :]  # (B, S, C)
         itself = new[:, None] == torch.arange(slots.shape[1], device=new.device)  # else padding attends to nothing: NaN
         mask = (distance >= 0) & (slots >= 0)[:, None, :] | itself
+        inputs = {"position_ids": positions.clamp(min=0), "attention_mask": self._masks(mask, distance)}
+        inputs |= cache_argument(self._model.base_model, cache)
         with fast_attention():
-            output = self._model.base_model(
-                input_ids=ids,
-                position_ids=positions.clamp(min=0),
-                attention_mask=self._masks(mask, distance),
-                use_cache=True,
-                **cache_argument(self._model.base_model, cache),
-            )
+            output = self._model.base_model(input_ids=ids, use_cache=True, **inputs)
         states: Tensor = output.last_hidden_state
         return states
 

@@ -49,17 +49,24 @@ class Admission:
     """Lets requests through as fast as all limits allow, until it is stopped.
 
     Args:
-        ledger: what was sent in the last minute counts.
+        ledger: what a run that has just ended sent in the last minute counts.
     """
 
     def __init__(self, limits: LimitSettings, spending: SpendingLimit, ledger: Ledger) -> None:
         self.why: str | None = None
         self._stopped = asyncio.Event()
         self._concurrency = AdaptiveConcurrency(limits.concurrency)
-        self._tokens = _limit(limits.tokens_per_minute, "tokens")
-        self._requests = _limit(limits.requests_per_minute, "requests")
+        tokens, requests = limits.tokens_per_minute, limits.requests_per_minute
+        self._tokens = RollingLimit(tokens, name="tokens") if tokens is not None else None
+        self._requests = RollingLimit(requests, name="requests") if requests is not None else None
         self._spending = spending
-        self._remember_last_minute(ledger)
+        now = time.time()
+        for started, used in ledger.sent_since(now - WINDOW):
+            ago = max(0.0, now - started)
+            if self._tokens is not None:
+                self._tokens.remember(ago, used)
+            if self._requests is not None:
+                self._requests.remember(ago, 1)
 
     @property
     def is_stopped(self) -> bool:
@@ -135,20 +142,6 @@ class Admission:
             return task.result()
         task.cancel()
         raise StoppedError
-
-    def _remember_last_minute(self, ledger: Ledger) -> None:
-        """What a run that has just ended has sent counts towards the limits of this one."""
-        now = time.time()
-        for started, used in ledger.sent_since(now - WINDOW):
-            ago = max(0.0, now - started)
-            if self._tokens is not None:
-                self._tokens.remember(ago, used)
-            if self._requests is not None:
-                self._requests.remember(ago, 1)
-
-
-def _limit(limit: int | None, name: str) -> RollingLimit | None:
-    return None if limit is None else RollingLimit(limit, name=name)
 
 
 class SpendingLimit:

@@ -21,7 +21,7 @@ from terselm.data.collection.endpoint import AskError, Client, Failure, FailureC
 from terselm.data.collection.ledger import Intent, Ledger, OpenBatch, Outcome, State
 from terselm.data.collection.outcome import CollectionProgress, failed
 from terselm.data.collection.plan import Request, recall
-from terselm.data.collection.remote import AnswerTask, Remote, intent_of, on_interrupt
+from terselm.data.collection.remote import Remote, Task, answer_task, intent_of, on_interrupt
 from terselm.data.collection.settings import Api
 from terselm.data.rows import dump_object
 from terselm.extras import first_line
@@ -42,11 +42,7 @@ class BatchLimits:
 
 
 def ask_in_batches(
-    remote: Remote,
-    ledger: Ledger,
-    requests: Sequence[Request],
-    progress: CollectionProgress,
-    limits: BatchLimits | None = None,
+    remote: Remote, ledger: Ledger, requests: Sequence[Request], progress: CollectionProgress
 ) -> str | None:
     """Submit what is waiting, and wait for the answers; return why it stopped before all were there, if it did.
 
@@ -56,7 +52,7 @@ def ask_in_batches(
 
     async def run() -> str | None:
         async with Client(remote.settings, remote.key) as client:
-            return await _Batches(remote, ledger, client, progress, limits or BatchLimits()).run(requests)
+            return await _Batches(remote, ledger, client, progress).run(requests)
 
     return asyncio.run(run())
 
@@ -64,20 +60,17 @@ def ask_in_batches(
 class _Batches:
     """The state of one run; it lives in one event loop."""
 
-    def __init__(
-        self, remote: Remote, ledger: Ledger, client: Client, progress: CollectionProgress, limits: BatchLimits
-    ) -> None:
-        self.remote, self.ledger, self.client, self.progress, self.limits = remote, ledger, client, progress, limits
-        self.settings = remote.settings
-        self.sizes = PromptSizes()
+    def __init__(self, remote: Remote, ledger: Ledger, client: Client, progress: CollectionProgress) -> None:
+        self.remote, self.ledger, self.client, self.progress = remote, ledger, client, progress
+        self.settings, self.limits, self.sizes = remote.settings, BatchLimits(), PromptSizes()
         self.stopped = asyncio.Event()
         self.why: str | None = None
-        self.tasks: dict[str, AnswerTask] = {}
+        self.tasks: dict[str, Task] = {}
         path = "/completions" if self.settings.api is Api.COMPLETIONS else "/chat/completions"
         self.url = path if self.settings.azure_api_version else f"/v1{path}"
 
     async def run(self, requests: Sequence[Request]) -> str | None:
-        self.tasks = {request.id: AnswerTask(request=request, settings=self.settings) for request in requests}
+        self.tasks = {request.id: answer_task(request, self.settings) for request in requests}
         with on_interrupt(lambda: self._stop("interrupted; the batches go on, run the command again to fetch them")):
             for last in [False] * self.settings.limits.retries + [True]:
                 try:
@@ -102,15 +95,18 @@ class _Batches:
                 state: Any = await self.client.call(partial(self.client.sdk.batches.retrieve, str(batch.id)))
                 if state.status in _ENDED:
                     await self._fetch(batch, state, last)
-            await self._pause()
+            if self.ledger.open_batches():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self.settings.limits.batch_poll):
+                        await self.stopped.wait()
 
-    def _waiting(self) -> list[AnswerTask]:
+    def _waiting(self) -> list[Task]:
         """What is to be asked, and in no batch."""
         taken = {name for batch in self.ledger.open_batches() for name in batch.requests}
         states = self.ledger.states()
         return [task for name, task in self.tasks.items() if states[name] is State.WAITING and name not in taken]
 
-    def _affordable(self) -> list[AnswerTask]:
+    def _affordable(self) -> list[Task]:
         """As many of those that wait as can never cost more than is left."""
         spending, waiting = self.remote.spending(self.ledger), self._waiting()
         for count, task in enumerate(waiting):
@@ -121,27 +117,26 @@ class _Batches:
                 return waiting[:count]
         return waiting
 
-    def _task(self, name: str) -> AnswerTask:
+    def _task(self, name: str) -> Task:
         """Also one that this run did not ask for: its batch is paid for all the same."""
         if name not in self.tasks:
-            self.tasks[name] = AnswerTask(request=recall(name, self.ledger.asked(name)), settings=self.settings)
+            self.tasks[name] = answer_task(recall(name, self.ledger.asked(name)), self.settings)
         return self.tasks[name]
 
-    def _intent(self, task: AnswerTask, number: int) -> Intent:
+    def _intent(self, task: Task, number: int) -> Intent:
         return intent_of(task, number, self.sizes, self.remote.price)
 
-    def _line(self, task: AnswerTask) -> bytes:
+    def _line(self, task: Task) -> bytes:
         """A request in a file; its answer bears its id."""
         line = {"custom_id": task.id, "method": "POST", "url": self.url, "body": task.body()}
         return dump_object(line).encode() + b"\n"
 
-    async def _submit(self, token: str, part: Sequence[AnswerTask]) -> None:
+    async def _submit(self, token: str, part: Sequence[Task]) -> None:
         call, sdk = self.client.call, self.client.sdk
         name = await call(partial(self._find, token))
         if name is None:
             content = b"".join(map(self._line, part))
-            upload = partial(sdk.files.create, file=(f"{token}.jsonl", content), purpose="batch")
-            file: Any = await call(upload)
+            file: Any = await call(partial(sdk.files.create, file=(f"{token}.jsonl", content), purpose="batch"))
             create = partial(
                 sdk.batches.create,
                 input_file_id=file.id,
@@ -186,9 +181,7 @@ class _Batches:
             self.progress.update(outcome)
         self.ledger.end_batch(batch.token)
 
-    def _outcome(
-        self, task: AnswerTask, number: int, raw: bytes | None, failure: Failure | None, *, last: bool
-    ) -> Outcome:
+    def _outcome(self, task: Task, number: int, raw: bytes | None, failure: Failure | None, *, last: bool) -> Outcome:
         intent = self._intent(task, number)
         if raw is not None and failure is None:
             raw = self.remote.key.mask_raw(raw)
@@ -201,12 +194,6 @@ class _Batches:
         if failure.then is Then.STOP:
             self._stop(f"the endpoint refuses every request ({failure.message})")
         return failed(intent, failure, raw, last=last)
-
-    async def _pause(self) -> None:
-        if self.ledger.open_batches():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self.settings.limits.batch_poll):
-                    await self.stopped.wait()
 
     def _stop(self, why: str) -> None:
         self.why = self.why or why
@@ -252,6 +239,5 @@ def answer_lines(content: bytes) -> Iterator[tuple[str, bytes | None, Failure | 
 
 def expired(error: Any) -> Failure:
     """The batch ended before this request was answered; it is not charged."""
-    message = error.get("message") if isinstance(error, dict) else None
-    message = str(message or "the batch ended without an answer")
-    return Failure(cause=FailureCause.EXPIRED, then=Then.RETRY, message=message)
+    message = (error.get("message") if isinstance(error, dict) else None) or "the batch ended without an answer"
+    return Failure(cause=FailureCause.EXPIRED, then=Then.RETRY, message=str(message))

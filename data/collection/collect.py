@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -167,54 +167,30 @@ def ask(
     mine = [request for request in requests if _is_of(process, request.id)]
     pending = still_waiting(ledger, mine)
     with CollectionProgress(len(pending), f"Asking {settings.target}") as progress:
-        if not settings.is_local:
-            return _ask_remote(ledger, pending, settings, options, progress)
+        if settings.is_local:
+            from terselm.data.collection.local import answer_all, score_records
 
-        def load() -> CausalLM:
-            from terselm.models import load_causal_lm
+            @cache  # loaded once, and only where it is needed
+            def load() -> CausalLM:
+                from terselm.models import load_causal_lm
 
-            device = process.claim_device(settings.device)
-            return lm or load_causal_lm(settings.local_name, device=device, dtype=settings.dtype)
+                device = process.claim_device(settings.device)
+                return lm or load_causal_lm(settings.local_name, device=device, dtype=settings.dtype)
 
-        _ask_local(load, ledger, mine, pending, settings, progress)
-        return None
+            if pending:
+                answer_all(load(), ledger, pending, settings, progress)
+            if settings.logprobs.keep:
+                score_records(load, ledger, [request.id for request in mine], settings.logprobs.top_k)
+            return None
+        from terselm.data.collection.remote import Remote, answer_task, ask_all
 
+        remote = Remote(settings, options)
+        if pending and options.batch:
+            from terselm.data.collection.batch import ask_in_batches
 
-def _ask_remote(
-    ledger: Ledger,
-    pending: Sequence[Request],
-    settings: CollectSettings,
-    options: Options,
-    progress: CollectionProgress,
-) -> str | None:
-    from terselm.data.collection.remote import AnswerTask, Remote, ask_all
-
-    remote = Remote(settings, options)
-    if not pending:
-        return None
-    if options.batch:
-        from terselm.data.collection.batch import ask_in_batches
-
-        return ask_in_batches(remote, ledger, pending, progress)
-    return ask_all(remote, ledger, [AnswerTask(request=one, settings=settings) for one in pending], progress)
-
-
-def _ask_local(
-    load: Callable[[], CausalLM],
-    ledger: Ledger,
-    mine: Sequence[Request],
-    pending: Sequence[Request],
-    settings: CollectSettings,
-    progress: CollectionProgress,
-) -> None:
-    """Generate what is pending, then score the records; the target is loaded once, and only where it is needed."""
-    from terselm.data.collection.local import answer_all, score_records
-
-    load = cache(load)
-    if pending:
-        answer_all(load(), ledger, pending, settings, progress)
-    if settings.logprobs.keep:
-        score_records(load, ledger, [request.id for request in mine], settings.logprobs.top_k)
+            return ask_in_batches(remote, ledger, pending, progress)
+        tasks = [answer_task(request, settings) for request in pending]
+        return ask_all(remote, ledger, tasks, progress) if tasks else None
 
 
 def _why_nothing(ledger: Ledger, requests: Sequence[Request], settings: CollectSettings, stopped: str | None) -> str:

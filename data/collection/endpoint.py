@@ -34,7 +34,6 @@ _LONGEST = 500  # characters of an endpoint's message that are kept
 _LONGEST_WISH = 3600.0  # seconds; an endpoint that asks to wait longer is asked again after this
 _LIKE_A_KEY = re.compile(r"\b(?:sk|pk|gsk|hf|api|key)[-_][\w*-]{6,}|(?<=Bearer )[^\s\"']{6,}")
 _REFUSED_BY_FILTER = ("content_filter", "content_policy_violation", "ResponsibleAIPolicyViolation")
-_OVERLOADED = (429, 503, 529)
 
 
 class Then(StrEnum):
@@ -100,8 +99,11 @@ class Key:
     secret: str | None
 
     def mask(self, text: str) -> str:
-        """``text`` without the key, or what looks like one, and shortened to a message."""
-        return masked(text, self.secret)
+        """``text`` without the key and without what looks like one, and not longer than a message should be."""
+        if self.secret:
+            text = text.replace(self.secret, "[key]")
+        text = _LIKE_A_KEY.sub("[key]", text)
+        return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
 
     def mask_raw(self, raw: bytes) -> bytes:
         """A response without the key, should the endpoint repeat it."""
@@ -135,7 +137,14 @@ class Client:
     def __init__(self, settings: CollectSettings, key: Key) -> None:
         self._key = key
         self._limits = settings.limits
-        self.sdk = _sdk(settings, key)
+        openai = need("openai", "collect")
+        common = {"api_key": key.secret or _NO_KEY, "timeout": settings.limits.timeout, "max_retries": 0}
+        azure = {"azure_endpoint": settings.endpoint, "api_version": settings.azure_api_version}
+        self.sdk: AsyncOpenAI = (
+            openai.AsyncAzureOpenAI(**azure, **common)
+            if settings.azure_api_version
+            else openai.AsyncOpenAI(base_url=settings.endpoint, **common)
+        )
 
     async def ask(self, body: dict[str, Any], *, plain: bool) -> bytes:
         """Send one request and return the response as it came, without the key.
@@ -199,23 +208,6 @@ class Client:
         await self.sdk.close()
 
 
-def _sdk(settings: CollectSettings, key: Key) -> AsyncOpenAI:
-    openai = need("openai", "collect")
-    common: dict[str, Any] = {
-        "api_key": key.secret or _NO_KEY,
-        "timeout": settings.limits.timeout,
-        "max_retries": 0,
-    }
-    sdk: AsyncOpenAI
-    if settings.azure_api_version:
-        sdk = openai.AsyncAzureOpenAI(
-            azure_endpoint=settings.endpoint, api_version=settings.azure_api_version, **common
-        )
-    else:
-        sdk = openai.AsyncOpenAI(base_url=settings.endpoint, **common)
-    return sdk
-
-
 @dataclass(frozen=True, kw_only=True)
 class Response:
     """One answer of an endpoint.
@@ -277,18 +269,13 @@ def of_status(status: int, body: Any, headers: Mapping[str, str]) -> Failure:
     message = f"HTTP {status}: {message}" if message else f"HTTP {status}"
     if any(name in f"{code} {message}" for name in _REFUSED_BY_FILTER):
         return Failure(cause=FailureCause.CONTENT_FILTER, then=Then.FILTERED, message=message)
-    pause = _pause_in(headers)
+    overload, pause = status in (429, 503, 529), _pause_in(headers)
     if status == 429:
         then = Then.STOP if "insufficient_quota" in f"{code} {message}" else Then.RETRY
-        return Failure(cause=FailureCause.RATE_LIMIT, then=then, message=message, overload=True, pause=pause)
+        return Failure(cause=FailureCause.RATE_LIMIT, then=then, message=message, overload=overload, pause=pause)
     if status in (408, 409) or status >= 500:
-        return Failure(
-            cause=FailureCause.SERVER_ERROR,
-            then=Then.RETRY,
-            message=message,
-            overload=status in _OVERLOADED,
-            pause=pause,
-        )
+        cause, then = FailureCause.SERVER_ERROR, Then.RETRY
+        return Failure(cause=cause, then=then, message=message, overload=overload, pause=pause)
     if status in (401, 403, 404, 405):
         return Failure(cause=FailureCause.REFUSED, then=Then.STOP, message=message)
     return Failure(cause=FailureCause.BAD_REQUEST, then=Then.GIVE_UP, message=message)
@@ -310,23 +297,13 @@ def pause_after(failures: int, failure: Failure, limits: LimitSettings) -> float
     return drawn if failure.pause is None else min(failure.pause, _LONGEST_WISH) + min(drawn, 0.1 * failure.pause)
 
 
-def masked(text: str, key: str | None) -> str:
-    """``text`` without the key and without what looks like one, and not longer than a message should be."""
-    if key:
-        text = text.replace(key, "[key]")
-    text = _LIKE_A_KEY.sub("[key]", text)
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
-
-
 def _code_and_message(body: Any) -> tuple[str, str]:
     """Of an error body in OpenAI's form, or something like it."""
-    if isinstance(body, dict):
-        error = body.get("error", body)
-        if isinstance(error, dict):
-            message = error.get("message") or error.get("detail") or error
-            return f"{error.get('code')} {error.get('type')}", " ".join(str(message).split())
-        return "", " ".join(str(error).split())
-    return "", " ".join(str(body or "").split())
+    error, code = body.get("error", body) if isinstance(body, dict) else body or "", ""
+    if isinstance(error, dict):
+        code = f"{error.get('code')} {error.get('type')}"
+        error = error.get("message") or error.get("detail") or error
+    return code, " ".join(str(error).split())
 
 
 def _pause_in(headers: Mapping[str, str]) -> float | None:

@@ -80,23 +80,10 @@ def estimate(
         raise ConfigError(f"pilot is {pilot}; expected 0 or more requests")
     with open_run(out, requests) as ledger:
         if pilot:
-            waiting = still_waiting(ledger, requests)
-            ask(ledger, _spread(waiting, pilot, settings.seed), settings, options)
+            ask(ledger, _spread(still_waiting(ledger, requests), pilot, settings.seed), settings, options)
         uses = ledger.uses()
         known = [(request, uses[request.id]) for request in requests if request.id in uses]
-        return _estimate(known, still_waiting(ledger, requests), settings, price)
-
-
-def _spread(waiting: Sequence[Request], count: int, seed: int) -> list[Request]:
-    """A systematic sample: answers to the same kind of prompt are alike in length, so it takes its share of each."""
-    ordered = sorted(waiting, key=lambda r: (r.temperature, r.instruction.category or "", _bytes(r), r.id))
-    count, start = min(count, len(ordered)), random.Random(seed).random()
-    return [ordered[int((index + start) * len(ordered) / count)] for index in range(count)]
-
-
-def _estimate(
-    known: Sequence[_Known], waiting: Sequence[Request], settings: CollectSettings, price: Price
-) -> CostEstimate:
+        waiting = still_waiting(ledger, requests)
     basis, prompt = _prompts(known, waiting, settings)
     completion = _completions(known, waiting, settings)
     return CostEstimate(
@@ -114,10 +101,15 @@ def _estimate(
     )
 
 
+def _spread(waiting: Sequence[Request], count: int, seed: int) -> list[Request]:
+    """A systematic sample: answers to the same kind of prompt are alike in length, so it takes its share of each."""
+    ordered = sorted(waiting, key=lambda r: (r.temperature, r.instruction.category or "", _bytes(r), r.id))
+    count, start = min(count, len(ordered)), random.Random(seed).random()
+    return [ordered[int((index + start) * len(ordered) / count)] for index in range(count)]
+
+
 def _cost(price: Price, prompt: float | None, completion: float | None) -> float | None:
-    if prompt is None or completion is None:
-        return None
-    return price.cost(round(prompt), round(completion))
+    return None if prompt is None or completion is None else price.cost(round(prompt), round(completion))
 
 
 def _most_draws(request: Request, settings: CollectSettings) -> int:
@@ -164,18 +156,12 @@ def _prompts(known: Sequence[_Known], waiting: Sequence[Request], settings: Coll
     if len(pairs) < 2:
         expected = sum(_bytes(request) / _BYTES_PER_TOKEN for request in waiting)
         return "bytes", Guess(expected=expected, low=expected, high=at_most, at_most=at_most)
-    slope, start = _line(pairs)
+    sizes_known, tokens = zip(*pairs, strict=True)
+    alike = len(set(sizes_known)) == 1
+    # Tokens per byte, and what the endpoint's template adds to each prompt.
+    slope, start = (0.0, fmean(tokens)) if alike else linear_regression(sizes_known, tokens)
     expected = sum(start + slope * _bytes(request) for request in waiting)
     return "answers", Guess(expected=expected, low=expected, high=expected, at_most=at_most)
-
-
-def _line(pairs: Sequence[tuple[int, int]]) -> tuple[float, float]:
-    """Tokens per byte, and what the endpoint's template adds to each prompt."""
-    sizes, tokens = zip(*pairs, strict=True)
-    if len(set(sizes)) == 1:
-        return 0.0, fmean(tokens)
-    slope, start = linear_regression(sizes, tokens)
-    return slope, start
 
 
 def _local_lengths(waiting: Sequence[Request], settings: CollectSettings) -> list[int]:

@@ -90,7 +90,8 @@ def export_all(
     if process.count > 1 and not _all_done(ledger, requests, settings):
         return ()
     files = []
-    with FileLock(lock_of(out.with_name(f"{out.name}.export"))):  # two that finish at once write the same
+    lock = lock_of(out.with_name(f"{out.name}.export"))
+    with FileLock(lock):  # two that finish at once write the same
         if export_records(ledger, requests, out):
             files.append(out)
         if export_failures(ledger, requests, out):
@@ -101,7 +102,7 @@ def export_all(
             export_logprobs(ledger, requests, logprobs_of(out), settings)
             files.append(logprobs_of(out))
     with suppress(OSError):
-        lock_of(out.with_name(f"{out.name}.export")).unlink()
+        lock.unlink()
     return tuple(map(str, files))
 
 

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from terselm.data.rows import Json, dump_object
@@ -264,8 +263,7 @@ class Ledger:
     def attempts(self, counting: Sequence[str] = ()) -> dict[str, int]:
         """By request, how many attempts there were; with ``counting``, only those with such outcomes."""
         where = f"WHERE outcome IN ({', '.join('?' * len(counting))})" if counting else ""
-        rows = self._rows(f"SELECT request, count(*) FROM attempts {where} GROUP BY request", counting)
-        return dict(rows)
+        return dict(self._rows(f"SELECT request, count(*) FROM attempts {where} GROUP BY request", counting))
 
     def used(self) -> tuple[float, int]:
         """(cost, requests sent) in all; what is under way or was cut off counts with what it may cost at most."""
@@ -415,7 +413,7 @@ class Ledger:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All or nothing, and on disk at the end; one within another is part of it."""
-        if self._busy():
+        if self._db.in_transaction:
             yield
             return
         with self._clear_errors():
@@ -424,12 +422,9 @@ class Ledger:
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
-                if self._busy():
+                if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
-
-    def _busy(self) -> bool:
-        return self._db.in_transaction
 
     def close(self) -> None:
         self._db.close()
@@ -437,9 +432,7 @@ class Ledger:
     def __enter__(self) -> Ledger:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _rows(self, sql: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 from terselm import __version__
@@ -150,8 +151,6 @@ def _record(request: Request, response: str, **made: Any) -> Json:
 @cache
 def _versions(package: str) -> dict[str, str]:
     """Of TerseLM and of the package that makes the answers."""
-    from importlib.metadata import version
-
     return {"terselm": __version__, package: version(package)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,20 +43,14 @@ def plan_requests(instructions: Sequence[Instruction], settings: CollectSettings
     """
     requests = []
     for instruction in instructions:
-        default = settings.templates.get(DEFAULT_TEMPLATE)
-        template = settings.templates.get(instruction.category or DEFAULT_TEMPLATE, default)
         count: Counter[float] = Counter()
-        for temperature in _temperatures(settings):
-            requests.append(_request(instruction, template, settings, temperature, sample=count[temperature]))
+        samples = [(t, settings.samples if t > 0 else 1) for t in settings.temperatures]
+        for temperature in (t for t, times in samples for _ in range(times)):
+            requests.append(_request(instruction, settings, temperature, sample=count[temperature]))
             count[temperature] += 1
     if len({request.id for request in requests}) < len({(r.id, r.temperature, r.sample) for r in requests}):
         raise ConfigError("temperature is omitted, so several temperatures ask the same; give one, and samples")
     return requests
-
-
-def _temperatures(settings: CollectSettings) -> Iterator[float]:
-    for temperature in settings.temperatures:
-        yield from [temperature] * (settings.samples if temperature > 0 else 1)
 
 
 def remote_body(request: Request, api: Api) -> dict[str, Any]:
@@ -128,22 +122,17 @@ def prompt_text(request: Request, tokenizer: Any) -> str:
 def _plain(name: str, messages: Sequence[Message]) -> str:
     for message in messages:
         if message.role not in (Role.SYSTEM, Role.USER):
-            raise DataFormatError(
-                f"instruction {name}",
-                None,
-                f"a plain template cannot hold a turn of the {message.role}; use a chat model",
-            )
+            fault = f"a plain template cannot hold a turn of the {message.role}; use a chat model"
+            raise DataFormatError(f"instruction {name}", None, fault)
     return "\n\n".join(message.content for message in messages)
 
 
-def _request(
-    instruction: Instruction,
-    template: PromptTemplate | None,
-    settings: CollectSettings,
-    temperature: float,
-    sample: int,
-) -> Request:
-    seed = _seed(settings.seed, prompt_hash(instruction.messages), temperature, sample)
+def _request(instruction: Instruction, settings: CollectSettings, temperature: float, sample: int) -> Request:
+    default = settings.templates.get(DEFAULT_TEMPLATE)
+    template = settings.templates.get(instruction.category or DEFAULT_TEMPLATE, default)
+    key = f"{settings.seed}:{prompt_hash(instruction.messages)}:{float(temperature)}:{sample}"
+    # 31 bits, a seed that no other request shares but by chance
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
     make = _local_parameters if settings.is_local else _remote_parameters
     parameters = make(settings, template, temperature, seed)
     return Request(
@@ -177,13 +166,8 @@ def _remote_parameters(
     settings: CollectSettings, template: PromptTemplate | None, temperature: float, seed: int
 ) -> dict[str, Parameter]:
     """As the endpoint is sent them; those that it does not know everywhere only where they are asked for."""
-    parameters: dict[str, Parameter] = {
-        "temperature": temperature,
-        "top_p": settings.top_p,
-        "max_tokens": settings.max_new_tokens,
-        "seed": seed,
-    }
-    parameters = {name: value for name, value in parameters.items() if name not in settings.omit}
+    usual = {"temperature": temperature, "top_p": settings.top_p, "max_tokens": settings.max_new_tokens, "seed": seed}
+    parameters: dict[str, Parameter] = {name: value for name, value in usual.items() if name not in settings.omit}
     if settings.top_k:
         parameters["top_k"] = settings.top_k
     if settings.logprobs.keep and settings.api is Api.CHAT:
@@ -197,9 +181,3 @@ def _remote_parameters(
     if settings.extra_body:
         parameters["extra_body"] = json.dumps(settings.extra_body, sort_keys=True)
     return parameters
-
-
-def _seed(base: int, prompt: str, temperature: float, sample: int) -> int:
-    """A seed of 31 bits that no other request shares but by chance."""
-    digest = hashlib.sha256(f"{base}:{prompt}:{float(temperature)}:{sample}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1

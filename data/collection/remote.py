@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from terselm.data.collection.admission import Admission, PromptSizes, SpendingLimit, SpentError, StoppedError
@@ -50,66 +51,48 @@ class Remote:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerTask:
-    """An answer to a request, whose row in the ledger has the name ``id``.
+class Task:
+    """One thing to ask, whose row in the ledger has the name ``id``.
 
     Attributes:
+        messages: the prompt.
         plain: through ``/completions``.
         most_tokens: of the completion.
+        body: gives what is sent.
+        outcome: what a response to an attempt means, at a price; ValueError where it cannot be read.
     """
 
-    request: Request
-    settings: CollectSettings
-
-    @property
-    def id(self) -> str:
-        return self.request.id
-
-    @property
-    def plain(self) -> bool:
-        return self.settings.api is Api.COMPLETIONS
-
-    @property
-    def messages(self) -> Sequence[Message]:
-        return self.request.instruction.messages
-
-    @property
-    def most_tokens(self) -> int:
-        return self.settings.max_new_tokens
-
-    def body(self) -> dict[str, Any]:
-        return remote_body(self.request, self.settings.api)
-
-    def outcome(self, intent: Intent, raw: bytes, price: Price) -> Outcome:
-        return answered(self.request, intent, raw, price)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreTask:
-    """The log-probabilities of a text; see `AnswerTask`."""
-
     id: str
-    text: PlainText
-    settings: CollectSettings
-    plain: bool = True
-    most_tokens: int = 1
-
-    @property
-    def messages(self) -> Sequence[Message]:
-        return [Message(role=Role.USER, content=self.text.text)] if self.text.text.strip() else []
-
-    def body(self) -> dict[str, Any]:
-        top_k = self.settings.logprobs.top_k
-        body: dict[str, Any] = {"model": self.settings.model, "prompt": self.text.text, **self.settings.extra_body}
-        if self.settings.logprobs.of_texts is PromptScores.ECHO:
-            return body | {"echo": True, "max_tokens": 0, "logprobs": max(1, top_k)}
-        return body | {"prompt_logprobs": top_k, "max_tokens": 1}
-
-    def outcome(self, intent: Intent, raw: bytes, price: Price) -> Outcome:
-        return scored(self.text, self.settings.logprobs, intent, raw, price)
+    messages: Sequence[Message]
+    plain: bool
+    most_tokens: int
+    body: Callable[[], dict[str, Any]]
+    outcome: Callable[[Intent, bytes, Price], Outcome]
 
 
-Task = AnswerTask | ScoreTask
+def answer_task(request: Request, settings: CollectSettings) -> Task:
+    """An answer to a request."""
+    return Task(
+        id=request.id,
+        messages=request.instruction.messages,
+        plain=settings.api is Api.COMPLETIONS,
+        most_tokens=settings.max_new_tokens,
+        body=partial(remote_body, request, settings.api),
+        outcome=partial(answered, request),
+    )
+
+
+def score_task(name: str, text: PlainText, settings: CollectSettings) -> Task:
+    """The log-probabilities of a text."""
+    top_k = settings.logprobs.top_k
+    body: dict[str, Any] = {"model": settings.model, "prompt": text.text, **settings.extra_body}
+    if settings.logprobs.of_texts is PromptScores.ECHO:
+        body |= {"echo": True, "max_tokens": 0, "logprobs": max(1, top_k)}
+    else:
+        body |= {"prompt_logprobs": top_k, "max_tokens": 1}
+    messages = [Message(role=Role.USER, content=text.text)] if text.text.strip() else []
+    outcome = partial(scored, text, settings.logprobs)
+    return Task(id=name, messages=messages, plain=True, most_tokens=1, body=lambda: body, outcome=outcome)
 
 
 def intent_of(task: Task, number: int, sizes: PromptSizes, price: Price) -> Intent:

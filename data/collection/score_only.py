@@ -64,10 +64,15 @@ def score_only(source: str, out: Path, settings: CollectSettings, options: Optio
         missing = [(key, text) for key, text in texts if key not in have]
         stopped = None
         if missing and settings.is_local:
-            _score_locally(ledger, missing, settings)
+            from terselm.data.collection.local import score_all
+            from terselm.models import load_causal_lm
+
+            lm = load_causal_lm(settings.local_name, device=settings.device, dtype=settings.dtype)
+            score_all(lm, ledger, missing, settings.logprobs.top_k)
         elif missing:
             stopped = _ask(ledger, missing, settings, options)
-        failed = _failed(ledger, dict(texts))
+        by_key = dict(texts)
+        failed = {by_key[key].id: str(lost.message) for key, lost in ledger.without_record().items() if key in by_key}
         have = _scored(ledger, settings)
         if not any(key in have for key, _ in texts):
             raise TargetLLMError(f"no text was scored: {stopped or next(iter(failed.values()))}")
@@ -81,27 +86,15 @@ def _scored(ledger: Ledger, settings: CollectSettings) -> set[str]:
     return {key for key, state in ledger.states().items() if state is State.DONE}
 
 
-def _score_locally(ledger: Ledger, texts: Sequence[tuple[str, PlainText]], settings: CollectSettings) -> None:
-    from terselm.data.collection.local import score_all
-    from terselm.models import load_causal_lm
-
-    lm = load_causal_lm(settings.local_name, device=settings.device, dtype=settings.dtype)
-    score_all(lm, ledger, texts, settings.logprobs.top_k)
-
-
 def _ask(
     ledger: Ledger, texts: Sequence[tuple[str, PlainText]], settings: CollectSettings, options: Options
 ) -> str | None:
-    from terselm.data.collection.remote import Remote, ScoreTask, ask_all
+    from terselm.data.collection.remote import Remote, ask_all, score_task
 
     states = ledger.states()
-    tasks = [ScoreTask(id=key, text=text, settings=settings) for key, text in texts if states[key] is State.WAITING]
+    tasks = [score_task(key, text, settings) for key, text in texts if states[key] is State.WAITING]
     with CollectionProgress(len(tasks), f"Scoring with {settings.target}", "text") as progress:
         return ask_all(Remote(settings, options), ledger, tasks, progress)
-
-
-def _failed(ledger: Ledger, texts: dict[str, PlainText]) -> dict[str, str]:
-    return {texts[key].id: str(lost.message) for key, lost in ledger.without_record().items() if key in texts}
 
 
 def _scores(ledger: Ledger, texts: Sequence[tuple[str, PlainText]], settings: CollectSettings) -> Iterator[ScoredText]:

@@ -109,9 +109,7 @@ def response_scores(name: str, response: Response) -> ScoredText | None:
     found = response.logprobs
     if not isinstance(found, dict):
         return None
-    entries = found.get("content")
-    if entries is None:
-        entries = _as_chat(found)
+    entries = _as_chat(found) if found.get("content") is None else found["content"]
     if not entries:
         return None
     pieces = [_bytes(entry) for entry in entries]
@@ -152,8 +150,7 @@ def echoed_scores(name: str, text: str, raw: bytes) -> ScoredText:
     found = parse_response(raw).logprobs
     if not isinstance(found, dict) or not found.get("tokens"):
         raise ValueError("the response holds no log-probabilities; the endpoint may not know echo")
-    entries = _as_chat(found)
-    return _prompt_scores(name, text, entries)
+    return _prompt_scores(name, text, _as_chat(found))
 
 
 def vllm_scores(name: str, text: str, raw: bytes, top_k: int) -> ScoredText:

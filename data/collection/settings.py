@@ -61,13 +61,9 @@ class PromptTemplate:
     stop: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        refuse(self._faults())
-
-    def _faults(self) -> Iterator[str]:
-        if (count := self.text.count(SLOT)) != 1:
-            yield f"a template holds {SLOT} {count} times; expected once"
-        if "" in self.stop:
-            yield "a stop string is empty; leave it out"
+        count = self.text.count(SLOT)
+        faults = [f"a template holds {SLOT} {count} times; expected once"] if count != 1 else []
+        refuse([*faults, *(["a stop string is empty; leave it out"] if "" in self.stop else [])])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,15 +262,11 @@ class Options:
     batch: bool = False
 
     def __post_init__(self) -> None:
-        refuse(self._faults())
-
-    def _faults(self) -> Iterator[str]:
-        for name in ("max_cost", "max_requests"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                yield f"{name} is {value}; expected 0 or more"
+        limits = {"max_cost": self.max_cost, "max_requests": self.max_requests}
+        faults = [f"{name} is {limit}; expected 0 or more" for name, limit in limits.items() if (limit or 0) < 0]
         if self.max_cost is not None and self.prices is None:
-            yield "max_cost needs a price table; give one with prices"
+            faults.append("max_cost needs a price table; give one with prices")
+        refuse(faults)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,9 +300,9 @@ def read_price(path: Path | None, model: str) -> Price:
         known = ", ".join(map(str, table)) if isinstance(table, dict) else "nothing"
         raise ConfigError(f"price table {path} has no price for {model!r}; it has {known}")
     entry = table[model]
-    numbers = isinstance(entry, dict) and all(
-        isinstance(entry.get(name), int | float) and entry[name] >= 0 for name in ("input", "output")
+    prices = (
+        [entry.get(name) for name in ("input", "output")] if isinstance(entry, dict) and len(entry) == 2 else [None]
     )
-    if not numbers or set(entry) != {"input", "output"}:
+    if not all(isinstance(price, int | float) and price >= 0 for price in prices):
         raise ConfigError(f"price table {path}: {model} is {entry!r}; expected input and output, for a million tokens")
-    return Price(input=float(entry["input"]), output=float(entry["output"]))
+    return Price(input=float(prices[0]), output=float(prices[1]))

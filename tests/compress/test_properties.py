@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from terselm import CompressionSettings, Prompt, PromptCompressor
-from terselm.compress.counter import resolve_counter
+from terselm.compress.length import resolve_counter
 from terselm.errors import BudgetError
 
 # Any Unicode that can be encoded, and often the awkward parts of it.

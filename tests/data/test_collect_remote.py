@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,9 +228,7 @@ def test_tokens_per_minute_through_the_whole_client(
 ) -> None:
     """With a window of a second; the server measures."""
     window = 1.0
-    monkeypatch.setattr(
-        admission, "_limit", lambda limit, name: limit and RollingLimit(limit, window=window, lag=0.3, name=name)
-    )
+    monkeypatch.setattr(admission, "RollingLimit", partial(RollingLimit, window=window, lag=0.3))
     server.keep_requests = True
     server.faults = Faults(latency=(0.0, 0.05))
     given = settings(endpoint, limits={"concurrency": 32, "tokens_per_minute": 2000})

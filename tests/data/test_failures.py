@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from terselm.data.collection.admission import PromptSizes
-from terselm.data.collection.endpoint import FailureCause, Then, masked, of_status
+from terselm.data.collection.endpoint import FailureCause, Key, Then, of_status
 from terselm.data.collection.settings import read_price
 from terselm.data.schema import Message, Role
 from terselm.errors import ConfigError
@@ -91,7 +91,7 @@ def test_a_date_to_wait_for() -> None:
     ],
 )
 def test_a_key_is_not_shown(text: str, shown: str) -> None:
-    assert masked(text, "my-own-secret!") == shown
+    assert Key(secret="my-own-secret!").mask(text) == shown
 
 
 @given(st.lists(st.text(min_size=1, max_size=60), min_size=1, max_size=60))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from terselm.compress.counter import plain_backend
+from terselm.compress.length import plain_backend
 from terselm.config import load_config
 from terselm.errors import CheckpointError
 from terselm.files import atomic_file, remove_partials

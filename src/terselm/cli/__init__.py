@@ -51,5 +51,5 @@ def convert(name: Annotated[str, typer.Argument(help="Alias of a model, such as 
     print(convert_alias(name))
 
 
-for _room in ("compress", "data", "evaluate", "records", "serve", "train"):
+for _room in ("compress", "data", "evaluate", "train"):
     import_module(f"{__name__}.{_room}")  # adds its commands to ``app``

@@ -1,4 +1,4 @@
-"""Commands that compress: ``compress`` and ``compress-file``."""
+"""Commands that compress: ``compress``, ``compress-file`` and ``serve``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 
 from terselm.cli import app, quieten_transformers
 from terselm.errors import ConfigError, DataFormatError, PromptError
+from terselm.extras import need
 
 if TYPE_CHECKING:
     from terselm.compress.prompt import Keep
@@ -68,7 +69,7 @@ def compress(
     if not asked.pieces():  # before a model is loaded
         raise PromptError("the prompt is empty; give an instruction, demonstrations or a question")
     length = Length(budget=budget, rate=rate)
-    settings = load_config(CompressionSettings, config)
+    settings = load_config(CompressionSettings, config) if config is not None else None
     from terselm.compress.compressor import PromptCompressor
 
     quieten_transformers()
@@ -128,6 +129,33 @@ def compress_file(
     if (summary := compress_rows(source, out, load, settings)) is not None:
         _log.info(summary)
         print(out)
+
+
+@app.command()
+def serve(
+    model: _Model = "smollm2-135m",
+    config: _Config = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; there is no access control.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8008,
+    device: _Device = "auto",
+    dtype: _Dtype = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests compressed together.")] = 64,
+) -> None:
+    """Answer POST /compress; see /docs there."""
+    need("fastapi", "serve")
+    need("uvicorn", "serve")
+    import uvicorn
+
+    from terselm.compress.compressor import PromptCompressor
+    from terselm.compress.serving import make_app
+    from terselm.compress.settings import CompressionSettings
+    from terselm.config import load_config
+
+    settings = load_config(CompressionSettings, config)
+    quieten_transformers()
+    compressor = PromptCompressor.from_pretrained(model, device=device, dtype=dtype, settings=settings)
+    compressor.warm_up()
+    uvicorn.run(make_app(compressor, most=batch_size), host=host, port=port, log_level="info")
 
 
 def _parts(

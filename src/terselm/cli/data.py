@@ -1,8 +1,9 @@
-"""``terselm collect`` asks a target LLM; ``terselm collection`` says how a collection stands, and what it will take."""
+"""Commands on data: ``collect`` asks a target LLM, ``collection`` says how that stands, ``data`` is about files."""
 
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,12 +17,16 @@ from terselm.extras import need
 if TYPE_CHECKING:
     from terselm.data.collection.settings import CollectSettings, Options
 
+_log = logging.getLogger(__name__)
 _collection = typer.Typer(help="See how a collection stands, estimate it, or score texts.", no_args_is_help=True)
 app.add_typer(_collection, name="collection")
+_data = typer.Typer(help="Look at, check and convert files of records and instructions.", no_args_is_help=True)
+app.add_typer(_data, name="data")
+_Records = Annotated[Path, typer.Argument(help="Records: ours, alpaca, sharegpt, messages or prompt/completion.")]
+_NewFile = Annotated[Path, typer.Option(help="File to write; it must not exist.")]
 _Out = Annotated[Path, typer.Option(help="File of records to write (JSONL).")]
 _Source = Annotated[
-    str | None,
-    typer.Option(help="Instructions: JSONL, JSON, CSV, Parquet, a data set's folder, or hub:OWNER/NAME."),
+    str | None, typer.Option(help="Instructions: JSONL, JSON, CSV, Parquet, a data set's folder, or hub:OWNER/NAME.")
 ]
 _Endpoint = Annotated[str | None, typer.Option(help="https://…/v1, or local:MODEL.")]
 _Model = Annotated[str | None, typer.Option(help="The model, as the endpoint calls it.")]
@@ -56,40 +61,31 @@ def collect(
     overrides: _Overrides = None,
 ) -> None:
     """Ask a target LLM and write what it answers; go on where a killed run stopped."""
-    from terselm.data.collection.settings import Options
-
+    whom, limits = (endpoint, model, config), (key_file, prices, max_cost, max_requests)
     if status:
         _moved("--status", "status")
-        _status(out)
-        return None
-    settings = _settings(config, {"endpoint": endpoint, "model": model}, overrides or [])
-    if pilot and not estimate:
+        collection_status(out)
+    elif pilot and not estimate:
         raise ConfigError("--pilot is for terselm collection estimate; leave it out, or run that")
-    options = Options(
-        key_file=key_file,
-        prices=prices,
-        max_cost=max_cost,
-        max_requests=max_requests,
-        retry_failed=retry_failed,
-        batch=batch,
-    )
-    if score_only:
+    elif score_only:
         _moved("--score-only", "score")
-        _score(instructions, out, settings, options)
-        return None
-    if estimate:
+        collection_score(out, instructions, *whom, *limits, retry_failed, overrides)
+    elif estimate:
         _moved("--estimate", "estimate")
-        _estimate(instructions, out, settings, options, pilot)
-        return None
-    from terselm.data.collection.collect import collect as run
+        collection_estimate(out, instructions, *whom, *limits, batch, pilot, overrides)
+    else:
+        settings, options = _settings(*whom, overrides), _options(*limits, batch=batch, retry_failed=retry_failed)
+        from terselm.data.collection.collect import collect as run
 
-    return _print(asdict(run(_load(instructions), out, settings, options)))
+        _print(asdict(run(_load(instructions), out, settings, options)))
 
 
 @_collection.command("status")
 def collection_status(out: Annotated[Path, typer.Option(help="The collection's file of records.")]) -> None:
     """Show requests by state, attempts by outcome, tokens, cost and failures; another process may be at work."""
-    _status(out)
+    from terselm.data.collection.ledger import ledger_of, status
+
+    _print(status(ledger_of(out)))
 
 
 @_collection.command("estimate")
@@ -108,11 +104,11 @@ def collection_estimate(
     overrides: _Overrides = None,
 ) -> None:
     """Say what the requests that are still to be asked will use: tokens and cost, as expected and at most."""
-    from terselm.data.collection.settings import Options
+    settings = _settings(endpoint, model, config, overrides)
+    options = _options(key_file, prices, max_cost, max_requests, batch=batch)
+    from terselm.data.collection.estimate import estimate
 
-    settings = _settings(config, {"endpoint": endpoint, "model": model}, overrides or [])
-    options = Options(key_file=key_file, prices=prices, max_cost=max_cost, max_requests=max_requests, batch=batch)
-    _estimate(instructions, out, settings, options, pilot)
+    _print(asdict(estimate(_load(instructions), out, settings, options, pilot=pilot)))
 
 
 @_collection.command("score")
@@ -130,13 +126,92 @@ def collection_score(
     overrides: _Overrides = None,
 ) -> None:
     """Write the log-probabilities of given texts, without asking for answers."""
-    from terselm.data.collection.settings import Options
+    settings = _settings(endpoint, model, config, overrides)
+    options = _options(key_file, prices, max_cost, max_requests, retry_failed=retry_failed)
+    from terselm.data.collection.score_only import score_only
 
-    settings = _settings(config, {"endpoint": endpoint, "model": model}, overrides or [])
-    options = Options(
-        key_file=key_file, prices=prices, max_cost=max_cost, max_requests=max_requests, retry_failed=retry_failed
+    _print(asdict(score_only(_named(instructions), out, settings, options)))
+
+
+@_data.command()
+def stats(records: _Records) -> None:
+    """Count records, prompts, tokens, models and lengths."""
+    from terselm.data.records import read_records, statistics
+
+    _print(asdict(statistics(read_records(records))))
+
+
+@_data.command()
+def validate(records: _Records) -> None:
+    """Read every line; the first that is wrong is named, with status 2."""
+    from terselm.data.records import read_records
+
+    print(f"{sum(1 for _ in read_records(records)):,} records, all well-formed")
+
+
+@_data.command()
+def convert(records: _Records, out: _NewFile) -> None:
+    """Write records of any format in our own, as JSON Lines."""
+    from terselm.data.records import read_records, write_records
+
+    _new(out)
+    write_records(out, read_records(records))
+
+
+@_data.command()
+def split(
+    records: _Records,
+    out: Annotated[Path, typer.Option(help="For the records that are kept.")],
+    held_out: Annotated[Path, typer.Option(help="For the records that are held out.")],
+    share: Annotated[float, typer.Option(help="Of the prompts that are held out.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 0,
+) -> None:
+    """Split by instruction: all answers to one prompt land on the same side."""
+    from terselm.data.records import read_records, split_by_instruction, write_records
+
+    _new(out, held_out)
+    sides = split_by_instruction(read_records(records), share, seed)
+    for path, side in zip((out, held_out), sides, strict=True):
+        write_records(path, side)
+    print(f"{len(sides[0]):,} records in {out}, {len(sides[1]):,} in {held_out}")
+
+
+@_data.command()
+def instructions(
+    source: Annotated[str, typer.Argument(help="What terselm collect takes as instructions.")],
+    out: _NewFile,
+    near_duplicates: Annotated[
+        float | None, typer.Option(help="Leave out what is as similar to an earlier one, in (0, 1); 0.8 is usual.")
+    ] = None,
+    benchmark: Annotated[
+        list[Path] | None, typer.Option(help="Leave out what shares 13 words in a row with this file. May be repeated.")
+    ] = None,
+) -> None:
+    """Read instructions from any source, take out what must not be asked, and write them in our own form."""
+    from terselm.data.instructions import (
+        load_instructions,
+        without_near_duplicates,
+        without_overlap,
+        write_instructions,
     )
-    _score(instructions, out, settings, options)
+
+    _new(out)
+    loaded = load_instructions(source)
+    kept, counts = loaded.instructions, {"duplicates": loaded.duplicates}
+    if near_duplicates is not None:
+        kept, counts["near_duplicates"] = without_near_duplicates(kept, near_duplicates)
+    if benchmark:
+        kept, counts["overlapping"] = without_overlap(kept, benchmark)
+    if not kept:
+        raise ConfigError(f"nothing is left of {source}: {counts}")
+    write_instructions(out, kept)
+    _print({"instructions": len(kept), **counts})
+
+
+def _new(*paths: Path) -> None:
+    for path in paths:
+        if path.exists():
+            raise ConfigError(f"{path} exists; name another file, or move it away")
 
 
 def _moved(flag: str, command: str) -> None:
@@ -145,30 +220,22 @@ def _moved(flag: str, command: str) -> None:
     say(f"terselm collect {flag} is now terselm collection {command}; the flag will go in a later version")
 
 
-def _status(out: Path) -> None:
-    from terselm.data.collection.ledger import ledger_of, status
+def _options(
+    key_file: Path | None, prices: Path | None, max_cost: float | None, max_requests: int | None, **others: bool
+) -> Options:
+    from terselm.data.collection.settings import Options
 
-    _print(status(ledger_of(out)))
-
-
-def _estimate(source: str | None, out: Path, settings: CollectSettings, options: Options, pilot: int) -> None:
-    from terselm.data.collection.estimate import estimate
-
-    _print(asdict(estimate(_load(source), out, settings, options, pilot=pilot)))
+    return Options(key_file=key_file, prices=prices, max_cost=max_cost, max_requests=max_requests, **others)
 
 
-def _score(source: str | None, out: Path, settings: CollectSettings, options: Options) -> None:
-    from terselm.data.collection.score_only import score_only
-
-    _print(asdict(score_only(_named(source), out, settings, options)))
-
-
-def _settings(config: Path | None, named: dict[str, str | None], overrides: list[str]) -> CollectSettings:
+def _settings(
+    endpoint: str | None, model: str | None, config: Path | None, overrides: list[str] | None
+) -> CollectSettings:
     from terselm.config import load_config
     from terselm.data.collection.settings import CollectSettings
 
-    named_settings = [f"{name}={value}" for name, value in named.items() if value is not None]
-    settings = load_config(CollectSettings, config, [*named_settings, *overrides])
+    named = [f"{name}={value}" for name, value in (("endpoint", endpoint), ("model", model)) if value is not None]
+    settings = load_config(CollectSettings, config, [*named, *(overrides or [])])
     if settings.is_local:
         quieten_transformers()
     else:
@@ -183,13 +250,11 @@ def _named(source: str | None) -> str:
 
 
 def _load(source: str | None) -> Any:
-    import logging
-
     from terselm.data.instructions import load_instructions
 
     loaded = load_instructions(_named(source))
     if loaded.duplicates:
-        logging.getLogger(__name__).info("left out %s instructions that came before", f"{loaded.duplicates:,}")
+        _log.info("left out %s instructions that came before", f"{loaded.duplicates:,}")
     return loaded.instructions
 
 
