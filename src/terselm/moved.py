@@ -28,7 +28,6 @@ MOVED: dict[str, str] = {
     "compress.bulk.settings": "compress.bulk", "data.jsonl": "data.rows", "data.sources": "data.instructions",
     "data.sources.clean": "data.instructions", "data.sources.load": "data.instructions",
     "data.sources.rows": "data.rows", "data.summaries": "data.records", "data.texts": "data.schema",
-    "data.collection.money": "data.collection.settings data.collection.admission",
     "data.collection.status": "data.collection.ledger", "models.convert": "models.aliases",
     "train.choices": "train.settings", "train.config": "train.settings", "train.evaluation": "train.held_out",
     "train.hub": "train.publish", "train.report.metrics": "train.report.measures",
