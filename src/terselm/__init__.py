@@ -5,12 +5,14 @@ Public names are imported on first use, so that ``import terselm`` stays quick.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from terselm.moved import install as _find_old_paths
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from importlib.abc import MetaPathFinder
+
     from terselm.compress.compressor import PromptCompressor
     from terselm.compress.messages import ChatResult
     from terselm.compress.prompt import Prompt
@@ -42,7 +44,17 @@ _HOME = {
 }
 
 
-_find_old_paths()
+# Asked after all other finders: paths of earlier versions.
+sys.meta_path.append(
+    cast(
+        "MetaPathFinder",
+        SimpleNamespace(
+            find_spec=lambda name, path=None, target=None: (
+                import_module("terselm.moved").OldPath.spec(name) if name.startswith("terselm.") else None
+            )
+        ),
+    )
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -41,22 +40,23 @@ MOVED: dict[str, str] = {
 RENAMED: dict[str, str] = {
     "compress.evaluation.bootstrap.Estimate": "Interval", "compress.evaluation.budgets.Budget": "EvaluationBudget",
     "compress.evaluation.methods.Method": "EvaluationMethod", "compress.evaluation.runner.Run": "Evaluation",
-    "compress.target.Target": "Length", "data.collection.money.Budget": "SpendingLimit",
+    "compress.target.Target": "Length",
     "train.choices.Method": "TrainingMethod", "train.config.AlignConfig": "AlignSettings",
     "train.sources.Source": "RecordSource",
 }  # fmt: skip
 """A name in its old module, and what it is called now."""
 
 
-class OldPaths(MetaPathFinder, Loader):
-    """Finds modules that have moved, after all other finders have looked."""
+class OldPath(Loader):
+    """Stands for modules that have moved."""
 
-    def find_spec(self, fullname: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    @classmethod
+    def spec(cls, fullname: str) -> ModuleSpec | None:
         """A module that looks its names up in the new places; None where the path never was one of ours."""
         old = fullname.removeprefix("terselm.")
         if old not in MOVED:
             return None
-        return ModuleSpec(fullname, self, is_package=any(other.startswith(f"{old}.") for other in MOVED))
+        return ModuleSpec(fullname, cls(), is_package=any(other.startswith(f"{old}.") for other in MOVED))
 
     def exec_module(self, module: ModuleType) -> None:
         """Give the module its look-up of names, and tell the importing line where to look."""
@@ -73,9 +73,3 @@ class OldPaths(MetaPathFinder, Loader):
 
         module.__dict__["__getattr__"] = find
         warnings.warn(f"{module.__name__} has moved to {now}", DeprecationWarning, stacklevel=2)
-
-
-def install() -> None:
-    """Let imports find the old paths."""
-    if not any(isinstance(finder, OldPaths) for finder in sys.meta_path):
-        sys.meta_path.append(OldPaths())

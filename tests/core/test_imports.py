@@ -43,9 +43,8 @@ WITH_TORCH = (  # the only places that know tensors, at any depth of a file
     "terselm.data.generate",
     "terselm.data.score",
     "terselm.data.collection.local",
-    "terselm.data.collection.memory",
 )
-WITHOUT_TORCH = ("budget", "counter", "fit", "itpc", "layout", "length", "messages", "prompt", "result", "settings")
+WITHOUT_TORCH = ("budget", "itpc", "layout", "length", "messages", "prompt", "result", "settings")
 
 
 def room(module: str) -> str:
