@@ -103,7 +103,7 @@ class Pipeline:
                 results[number] = _unchanged(layout, original, budget)
                 continue
             tokens = budget if counter is None else budget * layout.total_tokens // max(1, original)
-            controller = allocate(layout, tokens, prompt, self._settings, lambda text, most=budget: count(text) - most)
+            controller = allocate(layout, tokens, prompt, self._settings, partial(_excess, count, budget))
             jobs[number] = _Job(layout=layout, controller=controller, original=original, budget=budget)
         results |= zip(jobs, self._shorten(list(jobs.values()), count), strict=True)
         return [results[number] for number in range(len(prompts))]
@@ -158,6 +158,10 @@ class Pipeline:
         if plan.left_out and not job.read and job.ranks is None:
             self._read([job])
         return plan.spare(job.perplexities())
+
+
+def _excess(count: Count, budget: int, text: str) -> int:
+    return count(text) - budget
 
 
 def _keep_at_random(stage: IterativeCompression, chance: np.random.Generator) -> None:

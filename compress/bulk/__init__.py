@@ -174,16 +174,12 @@ class _BulkRun:
         worker = Worker(factory(), self.output, settings) if first is not None else None
         with _writing(self.out), self._progress() as update:
             if first is not None and worker is not None:
-                self._compress(worker, chain([first], pending), update)
+                with self.journals.writer(self.process.index) as commit:
+                    for batch in chain([first], pending):  # each is on disk before the next begins
+                        commit(worker.entries(batch))
+                        update()
             if not self.process.index:
                 self._await_others(update)
-
-    def _compress(self, worker: Worker, batches: Iterator[list[SourceRow]], update: Callable[[], None]) -> None:
-        """Each batch is on disk before the next begins."""
-        with self.journals.writer(self.process.index) as commit:
-            for batch in batches:
-                commit(worker.entries(batch))
-                update()
 
     def _await_others(self, update: Callable[[], None]) -> None:
         """Wait until every row is in a journal.

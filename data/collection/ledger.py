@@ -413,7 +413,7 @@ class Ledger:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All or nothing, and on disk at the end; one within another is part of it."""
-        if self._db.in_transaction:
+        if self._busy():
             yield
             return
         with self._clear_errors():
@@ -422,9 +422,12 @@ class Ledger:
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:
+                if self._busy():
                     self._db.execute("ROLLBACK")
                 raise
+
+    def _busy(self) -> bool:
+        return self._db.in_transaction
 
     def close(self) -> None:
         self._db.close()

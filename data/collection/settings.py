@@ -300,9 +300,8 @@ def read_price(path: Path | None, model: str) -> Price:
         known = ", ".join(map(str, table)) if isinstance(table, dict) else "nothing"
         raise ConfigError(f"price table {path} has no price for {model!r}; it has {known}")
     entry = table[model]
-    prices = (
-        [entry.get(name) for name in ("input", "output")] if isinstance(entry, dict) and len(entry) == 2 else [None]
-    )
+    whole = isinstance(entry, dict) and len(entry) == 2
+    prices: list[Any] = [entry.get(name) for name in ("input", "output")] if whole else [None]
     if not all(isinstance(price, int | float) and price >= 0 for price in prices):
         raise ConfigError(f"price table {path}: {model} is {entry!r}; expected input and output, for a million tokens")
     return Price(input=float(prices[0]), output=float(prices[1]))

@@ -61,7 +61,7 @@ def collect(
     overrides: _Overrides = None,
 ) -> None:
     """Ask a target LLM and write what it answers; go on where a killed run stopped."""
-    whom, limits = (endpoint, model, config), (key_file, prices, max_cost, max_requests)
+    whom = endpoint, model, config
     if status:
         _moved("--status", "status")
         collection_status(out)
@@ -69,12 +69,13 @@ def collect(
         raise ConfigError("--pilot is for terselm collection estimate; leave it out, or run that")
     elif score_only:
         _moved("--score-only", "score")
-        collection_score(out, instructions, *whom, *limits, retry_failed, overrides)
+        collection_score(out, instructions, *whom, key_file, prices, max_cost, max_requests, retry_failed, overrides)
     elif estimate:
         _moved("--estimate", "estimate")
-        collection_estimate(out, instructions, *whom, *limits, batch, pilot, overrides)
+        collection_estimate(out, instructions, *whom, key_file, prices, max_cost, max_requests, batch, pilot, overrides)
     else:
-        settings, options = _settings(*whom, overrides), _options(*limits, batch=batch, retry_failed=retry_failed)
+        settings = _settings(*whom, overrides)
+        options = _options(key_file, prices, max_cost, max_requests, batch=batch, retry_failed=retry_failed)
         from terselm.data.collection.collect import collect as run
 
         _print(asdict(run(_load(instructions), out, settings, options)))
