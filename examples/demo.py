@@ -18,6 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "smollm2-135m"
+LAUNCH = ["accelerate", "launch", "--config_file", Path("configs/accelerate/cpu.yaml"), "train/align.py"]
 CONFIG = Path("configs/align/smollm2-135m.yaml")
 RUN = Path("runs/demo")
 CHECKPOINT = Path("runs/demo-checkpoint")
@@ -31,7 +32,7 @@ def main() -> None:
     seconds: dict[str, float] = {}
     for title, command in (
         ("Prepare the small LM", ["terselm", "convert", MODEL]),
-        ("Align it to the target", ["accelerate", "launch", "train/align.py", "--config", CONFIG, f"run_dir={RUN}"]),
+        ("Align it to the target", [*LAUNCH, "--config", CONFIG, f"run_dir={RUN}"]),
         ("Publish the checkpoint", ["terselm", "publish", RUN, "--to", CHECKPOINT]),
     ):
         heading(title, len(seconds) + 1)
