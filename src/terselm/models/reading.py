@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from inspect import signature
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,22 +34,6 @@ def last_states(model: Any, ids: Tensor) -> Tensor:
     with fast_attention():
         states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return states
-
-
-def states_before(model: Any, rows: Sequence[Sequence[int]], skips: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """What predicts the tokens of each row but its first ``skip`` ones, at least one.
-
-    Returns:
-        ``(N, H)`` the last hidden states before these tokens; ``(N,)`` int64 the tokens; row after row.
-    """
-    ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    counted = np.zeros(ids.shape, dtype=np.bool_)
-    for number, (row, skip) in enumerate(zip(rows, skips, strict=True)):
-        ids[number, : len(row)] = row
-        counted[number, skip : len(row)] = True
-    states = last_states(model, torch.from_numpy(ids).to(model.device))
-    places = torch.from_numpy(np.flatnonzero(counted) - 1).to(model.device)
-    return states.flatten(0, 1)[places], torch.from_numpy(ids[counted]).to(model.device)
 
 
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
