@@ -33,7 +33,7 @@ from paper_tables.plan import (
 )
 from paper_tables.tables import report
 
-from terselm.evaluate.runner import Run
+from terselm.evaluate.run import Evaluation
 
 
 def main() -> None:
@@ -112,7 +112,7 @@ def measure(options: argparse.Namespace) -> None:
     suite, target, shard = options.shard
     if shard != "peer":
         settings = settings_of(options, suite, target, methods_of(options, target, shard))
-        Run(settings, journal_for(options, suite, target, shard)).measure()
+        Evaluation(settings, journal_for(options, suite, target, shard)).measure()
         return
     measure_peer(options, suite, shard)
 

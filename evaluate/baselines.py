@@ -10,15 +10,19 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import blake2b
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
-from terselm.compress.counter import Count
+from terselm.compress.counter import Count, plain_backend
 from terselm.compress.prompt import Prompt
 from terselm.evaluate.items import full_text
 from terselm.evaluate.methods import Compressed
+from terselm.models import CausalLM
+from terselm.statistics import Floats, Ints
 
 _WORD = re.compile(r"\s*\S+")
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*(?=\s)|\n|[。！？]")
@@ -49,10 +53,12 @@ class Tools:
     surprisals: SurprisalOf
     seed: int
 
-    def chance(self, prompt: Prompt) -> random.Random:
-        """The same for the same prompt."""
+    def shuffled(self, prompt: Prompt, n: int) -> list[int]:
+        """0 … n − 1 in a random order, which is the same for the same prompt."""
         digest = blake2b(full_text(prompt, "\x1f").encode(), digest_size=8).hexdigest()
-        return random.Random(f"{self.seed}/{digest}")
+        order = list(range(n))
+        random.Random(f"{self.seed}/{digest}").shuffle(order)
+        return order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,38 +78,33 @@ class Baseline:
 
 def truncate(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
     """Keep the end of the demonstrations, next to the question, and drop what stands before."""
-    return _longest(prompt, budget, tools, lambda spans, n: spans[len(spans) - n :])
+    return _spans_that_fit(prompt, budget, tools, words, lambda n: range(n - 1, -1, -1))
 
 
 def truncate_end(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
     """Keep the beginning of the demonstrations."""
-    return _longest(prompt, budget, tools, lambda spans, n: spans[:n])
+    return _spans_that_fit(prompt, budget, tools, words, range)
 
 
 def random_words(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
     """Keep words of the demonstrations at random."""
-    spans = _spans(prompt, words)
-    order = list(range(len(spans)))
-    tools.chance(prompt).shuffle(order)
-    return _longest(prompt, budget, tools, lambda spans, n: [spans[i] for i in sorted(order[:n])])
+    return _spans_that_fit(prompt, budget, tools, words, lambda n: tools.shuffled(prompt, n))
 
 
 def random_demonstrations(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
     """Keep whole demonstrations at random."""
-    order = list(range(len(prompt.demonstrations)))
-    tools.chance(prompt).shuffle(order)
-    return _whole(prompt, budget, tools, order)
+    return _demonstrations_that_fit(prompt, budget, tools, tools.shuffled(prompt, len(prompt.demonstrations)))
 
 
 def last_demonstrations(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
     """Keep whole demonstrations, the last first."""
-    return _whole(prompt, budget, tools, range(len(prompt.demonstrations) - 1, -1, -1))
+    return _demonstrations_that_fit(prompt, budget, tools, range(len(prompt.demonstrations) - 1, -1, -1))
 
 
 def surprising_demonstrations(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
     """Keep whole demonstrations, those of the highest perplexity first."""
     means = [tools.surprisals(text, [(0, len(text))])[0] for text in prompt.demonstrations]
-    return _whole(prompt, budget, tools, sorted(range(len(means)), key=lambda i: -means[i]))
+    return _demonstrations_that_fit(prompt, budget, tools, sorted(range(len(means)), key=lambda i: -means[i]))
 
 
 def similar_demonstrations(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
@@ -115,7 +116,7 @@ def similar_demonstrations(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
         return len(words & asked) / max(1, len(words | asked))
 
     order = sorted(range(len(prompt.demonstrations)), key=lambda i: -similarity(prompt.demonstrations[i]))
-    return _whole(prompt, budget, tools, order)
+    return _demonstrations_that_fit(prompt, budget, tools, order)
 
 
 def random_sentences(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
@@ -123,9 +124,7 @@ def random_sentences(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
 
     Source: the sentence selection of arXiv:2310.05736, §5.1.
     """
-    order = list(range(len(_spans(prompt, sentences))))
-    tools.chance(prompt).shuffle(order)
-    return _ranked(prompt, budget, tools, sentences, order)
+    return _spans_that_fit(prompt, budget, tools, sentences, lambda n: tools.shuffled(prompt, n))
 
 
 def selective_context(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
@@ -135,12 +134,12 @@ def selective_context(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
 
     Source: arXiv:2310.06201.
     """
-    return _by_surprisal(prompt, budget, tools, phrases)
+    return _most_surprising_spans(prompt, budget, tools, phrases)
 
 
 def selective_sentences(prompt: Prompt, budget: int, tools: Tools) -> Prompt:
     """Keep the sentences of the demonstrations with the highest self-information (arXiv:2310.06201)."""
-    return _by_surprisal(prompt, budget, tools, sentences)
+    return _most_surprising_spans(prompt, budget, tools, sentences)
 
 
 def words(text: str) -> list[tuple[int, int]]:
@@ -185,35 +184,8 @@ BASELINES: dict[str, Callable[[Prompt, int, Tools], Prompt]] = {
     "selective-sentences": selective_sentences,
 }
 
-_Span = tuple[int, int, int]  # demonstration, start, end
 
-
-def _spans(prompt: Prompt, cut: Cut) -> list[_Span]:
-    return [(i, start, end) for i, text in enumerate(prompt.demonstrations) for start, end in cut(text)]
-
-
-def _with_spans(prompt: Prompt, spans: Sequence[_Span]) -> Prompt:
-    """The prompt with these spans of its demonstrations alone."""
-    parts: dict[int, str] = {}
-    for i, start, end in spans:
-        parts[i] = parts.get(i, "") + prompt.demonstrations[i][start:end]
-    return replace(prompt, demonstrations=[part.strip() for part in parts.values() if part.strip()], pinned=())
-
-
-def _longest(prompt: Prompt, budget: int, tools: Tools, take: Callable[[list[_Span], int], list[_Span]]) -> Prompt:
-    """As many words as fit, of a choice that grows with their number."""
-    spans = _spans(prompt, words)
-    low, high = 0, len(spans)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tools.count(full_text(_with_spans(prompt, take(spans, middle)))) <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    return _with_spans(prompt, take(spans, low))
-
-
-def _whole(prompt: Prompt, budget: int, tools: Tools, order: Sequence[int]) -> Prompt:
+def _demonstrations_that_fit(prompt: Prompt, budget: int, tools: Tools, order: Sequence[int]) -> Prompt:
     """Whole demonstrations in this order; one that does not fit is passed over."""
     chosen: list[int] = []
     for i in order:
@@ -227,26 +199,83 @@ def _of(prompt: Prompt, chosen: Sequence[int]) -> Prompt:
     return replace(prompt, demonstrations=[prompt.demonstrations[i] for i in chosen], pinned=())
 
 
-def _by_surprisal(prompt: Prompt, budget: int, tools: Tools, cut: Cut) -> Prompt:
-    scores: list[float] = []
-    for text in prompt.demonstrations:
-        scores += tools.surprisals(text, cut(text))
-    return _ranked(prompt, budget, tools, cut, np.argsort(-np.array(scores), kind="stable").tolist())
+def _most_surprising_spans(prompt: Prompt, budget: int, tools: Tools, cut: Cut) -> Prompt:
+    scores = np.array([score for text in prompt.demonstrations for score in tools.surprisals(text, cut(text))])
+    return _spans_that_fit(prompt, budget, tools, cut, lambda n: np.argsort(-scores, kind="stable").tolist())
 
 
-def _ranked(prompt: Prompt, budget: int, tools: Tools, cut: Cut, order: Sequence[int]) -> Prompt:
-    """As many spans as fit, the first of ``order`` first."""
-    spans = _spans(prompt, cut)
+def _spans_that_fit(
+    prompt: Prompt, budget: int, tools: Tools, cut: Cut, order: Callable[[int], Sequence[int]]
+) -> Prompt:
+    """As many spans of the demonstrations as fit, in their own order; found by bisection.
+
+    Args:
+        order: of n spans, their numbers: the first to keep comes first.
+    """
+    spans = [(i, start, end) for i, text in enumerate(prompt.demonstrations) for start, end in cut(text)]
+    ranked = order(len(spans))
+
+    def first(n: int) -> Prompt:
+        return _with_spans(prompt, [spans[i] for i in sorted(ranked[:n])])
+
     low, high = 0, len(spans)
     while low < high:
         middle = (low + high + 1) // 2
-        chosen = [spans[i] for i in sorted(order[:middle])]
-        if tools.count(full_text(_with_spans(prompt, chosen))) <= budget:
+        if tools.count(full_text(first(middle))) <= budget:
             low = middle
         else:
             high = middle - 1
-    return _with_spans(prompt, [spans[i] for i in sorted(order[:low])])
+    return first(low)
+
+
+def _with_spans(prompt: Prompt, spans: Sequence[tuple[int, int, int]]) -> Prompt:
+    """The prompt with these spans of its demonstrations alone: number of the demonstration, start, end."""
+    parts: dict[int, str] = {}
+    for i, start, end in spans:
+        parts[i] = parts.get(i, "") + prompt.demonstrations[i][start:end]
+    return replace(prompt, demonstrations=[part.strip() for part in parts.values() if part.strip()], pinned=())
 
 
 def _vocabulary(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
+
+
+class Surprisals:
+    """Mean surprisal of spans of texts under a small LM, which is opened when it is first needed.
+
+    Each distinct text is read once.
+    """
+
+    def __init__(self, open_lm: Callable[[], CausalLM]) -> None:
+        self._open_lm = open_lm
+        self._known: dict[str, tuple[Ints, Floats]] = {}
+
+    def __call__(self, text: str, spans: Sequence[tuple[int, int]]) -> list[float]:
+        """0 for a span in which no token begins."""
+        if text not in self._known:
+            self._known[text] = self._read(text)
+        starts, nats = self._known[text]
+        means = []
+        for start, end in spans:
+            inside = nats[np.searchsorted(starts, start) : np.searchsorted(starts, end)]
+            means.append(float(inside.mean()) if len(inside) else 0.0)
+        return means
+
+    def _read(self, text: str) -> tuple[Ints, Floats]:
+        """Where each token begins, and its surprisal."""
+        from terselm.models.scoring import Window, score_rows
+
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
+        if not encoding.ids:
+            return starts, np.zeros(0)
+        ((_, scores),) = score_rows(self._lm, [encoding.ids], window=Window.PIECES)
+        return starts, scores.nats
+
+    @cached_property
+    def _lm(self) -> CausalLM:
+        return self._open_lm()
+
+    @cached_property
+    def _backend(self) -> Any:
+        return plain_backend(self._lm.tokenizer)

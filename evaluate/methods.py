@@ -1,9 +1,4 @@
-"""The ways of shortening a prompt that are compared, by name.
-
-``terselm`` with settings after a colon (``terselm:k=1.2,anchor=0``), the paper's (``terselm:paper``), a part taken out
-by name (``terselm:no-iteration``), another small LM (``terselm:model=runs/mine``), or all of these; the baselines of
-`terselm.evaluate.baselines`; ``llmlingua``.
-"""
+"""What a way of shortening prompts is; our own compressor as one, and the words that it keeps."""
 
 from __future__ import annotations
 
@@ -11,26 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from terselm.compress.counter import Count
 from terselm.compress.prompt import Prompt
-from terselm.compress.settings import PAPER_INSTRUCTION_RATE, PAPER_QUESTION_RATE, CompressionSettings
-from terselm.config import load_config
-from terselm.errors import ConfigError
+from terselm.errors import BudgetError
+from terselm.statistics import word_spans
 
 if TYPE_CHECKING:
+    from terselm.compress.compressor import PromptCompressor
     from terselm.compress.result import CompressionResult
 
-NAMED = {
-    "paper": [f"instruction_rate={PAPER_INSTRUCTION_RATE}", f"question_rate={PAPER_QUESTION_RATE}", "anchor=0"],
-    "no-budget-controller": ["ablations.selection=all", "ablations.uniform_rates=true"],
-    "no-iteration": ["ablations.one_pass=true"],
-    "no-perplexity-selection": ["ablations.selection=random"],
-    "uniform-rates": ["ablations.uniform_rates=true"],
-    "random-tokens": ["ablations.random_tokens=true"],
-    "next-token": ["ablations.next_token=true"],
-}
-OURS = "terselm"
-PEER = "llmlingua"
-READY = "ready"  # given by the caller
+Word = tuple[str, int, int]  # part, index of the demonstration, number of the word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +26,7 @@ class Compressed:
     result: CompressionResult | None = field(default=None, repr=False)
 
 
-class Method(Protocol):
+class EvaluationMethod(Protocol):
     """A way of shortening prompts."""
 
     def compress(self, prompts: Sequence[Prompt], budgets: Sequence[int]) -> list[Compressed]:
@@ -50,45 +35,49 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodName:
-    """A method as the user wrote it, taken apart.
+class Ours:
+    """`PromptCompressor` under some settings."""
 
-    Attributes:
-        kind: ``terselm``, ``llmlingua`` or a baseline.
-        model: the small LM; empty for that of the evaluation.
-        settings: of ``terselm``.
-    """
+    compressor: PromptCompressor
+    count: Count
 
-    text: str
-    kind: str
-    model: str = ""
-    settings: CompressionSettings = field(default_factory=CompressionSettings)
+    def compress(self, prompts: Sequence[Prompt], budgets: Sequence[int]) -> list[Compressed]:
+        """Shorten each prompt to its budget; to the smallest possible where that cannot be met."""
+        possible = list(budgets)
+        while True:
+            try:
+                results = self.compressor.compress_batch(prompts, budget=possible, counter=self.count)
+                return [Compressed(text=result.text, result=result) for result in results]
+            except BudgetError:
+                possible = [self._possible(prompt, budget) for prompt, budget in zip(prompts, possible, strict=True)]
+
+    def _possible(self, prompt: Prompt, budget: int) -> int:
+        try:
+            self.compressor.compress_batch([prompt], budget=budget, counter=self.count)
+        except BudgetError as error:
+            if error.smallest is None or error.smallest <= budget:
+                raise
+            return error.smallest
+        return budget
 
 
-def parse_method(text: str) -> MethodName:
-    """Take a method's name apart.
+def kept_words(compressed: Compressed) -> set[Word]:
+    """The words of which more than half of the characters are kept."""
+    assert compressed.result is not None
+    texts: dict[tuple[str, int], list[str]] = {}
+    kept: dict[tuple[str, int], list[bool]] = {}
+    for token in compressed.result.tokens:
+        place = token.part.value, token.index
+        texts.setdefault(place, []).append(token.text)
+        kept.setdefault(place, []).extend([token.kept] * len(token.text))
+    return {
+        (*place, number)
+        for place, parts in texts.items()
+        for number, (start, end) in enumerate(word_spans("".join(parts)).tolist())
+        if 2 * sum(kept[place][start:end]) > end - start
+    }
 
-    Raises:
-        ConfigError: an unknown method or setting.
-    """
-    from terselm.evaluate.baselines import BASELINES
 
-    kind, _, options = text.partition(":")
-    known = [OURS, PEER, *BASELINES]
-    if kind not in known:
-        raise ConfigError(f"unknown method {kind!r}; expected one of {', '.join(known)}")
-    model, overrides = "", []
-    for option in filter(None, options.split(",")):
-        key, given, value = option.partition("=")
-        if key == "model" and given:
-            model = value
-        elif option in NAMED and kind == OURS:
-            overrides += NAMED[option]
-        elif given and kind == OURS:
-            overrides.append(option)
-        else:
-            raise ConfigError(
-                f"method {text!r}: {option!r} is no option of {kind}; expected model=NAME"
-                + (f", a setting such as k=1.2, or one of {', '.join(NAMED)}" if kind == OURS else "")
-            )
-    return MethodName(text=text, kind=kind, model=model, settings=load_config(CompressionSettings, None, overrides))
+def overlap(a: set[Word], b: set[Word]) -> float:
+    """Dice's coefficient, 2 |A ∩ B| / (|A| + |B|): the share of words in common, whichever keeps a few more."""
+    return 2 * len(a & b) / (len(a) + len(b)) if a or b else 1.0

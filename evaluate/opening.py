@@ -1,22 +1,87 @@
-"""Opening what an evaluation works with: the target, the small LMs, the methods."""
+"""From names to what they stand for: targets, small LMs, and the ways of shortening a prompt that are compared.
+
+``terselm`` with settings after a colon (``terselm:k=1.2,anchor=0``), the paper's (``terselm:paper``), a part taken out
+by name (``terselm:no-iteration``), another small LM (``terselm:model=runs/mine``), or all of these; the baselines of
+`terselm.evaluate.baselines`; ``llmlingua``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from terselm.compress.counter import Count
+from terselm.compress.settings import PAPER_INSTRUCTION_RATE, PAPER_QUESTION_RATE, CompressionSettings
+from terselm.config import load_config
 from terselm.errors import ConfigError
-from terselm.evaluate.methods import OURS, PEER, READY, Method, MethodName
+from terselm.evaluate.baselines import BASELINES, Baseline, Surprisals, Tools
+from terselm.evaluate.methods import EvaluationMethod, Ours
 from terselm.evaluate.settings import EvaluateSettings, TargetSettings
-from terselm.evaluate.targets import LocalTarget, Target
+from terselm.evaluate.targets import EndpointTarget, LocalTarget, Target
 from terselm.models import CausalLM, load_causal_lm
 
 if TYPE_CHECKING:
     from terselm.compress.compressor import PromptCompressor
+
+NAMED = {
+    "paper": [f"instruction_rate={PAPER_INSTRUCTION_RATE}", f"question_rate={PAPER_QUESTION_RATE}", "anchor=0"],
+    "no-budget-controller": ["ablations.selection=all", "ablations.uniform_rates=true"],
+    "no-iteration": ["ablations.one_pass=true"],
+    "no-perplexity-selection": ["ablations.selection=random"],
+    "uniform-rates": ["ablations.uniform_rates=true"],
+    "random-tokens": ["ablations.random_tokens=true"],
+    "next-token": ["ablations.next_token=true"],
+}
+OURS = "terselm"
+PEER = "llmlingua"
+READY = "ready"  # given by the caller
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodName:
+    """A method as the user wrote it, taken apart.
+
+    Attributes:
+        text: as the user wrote it.
+        kind: ``terselm``, ``llmlingua`` or a baseline.
+        model: the small LM; empty for that of the evaluation.
+        settings: of ``terselm``.
+    """
+
+    text: str
+    kind: str
+    model: str = ""
+    settings: CompressionSettings = field(default_factory=CompressionSettings)
+
+
+def parse_method(text: str) -> MethodName:
+    """Take a method's name apart.
+
+    Raises:
+        ConfigError: an unknown method or setting.
+    """
+    kind, _, options = text.partition(":")
+    known = [OURS, PEER, *BASELINES]
+    if kind not in known:
+        raise ConfigError(f"unknown method {kind!r}; expected one of {', '.join(known)}")
+    model, overrides = "", []
+    for option in filter(None, options.split(",")):
+        key, equals, value = option.partition("=")
+        if key == "model" and equals:
+            model = value
+        elif option in NAMED and kind == OURS:
+            overrides += NAMED[option]
+        elif equals and kind == OURS:
+            overrides.append(option)
+        else:
+            raise ConfigError(
+                f"method {text!r}: {option!r} is no option of {kind}; expected model=NAME"
+                + (f", a setting such as k=1.2, or one of {', '.join(NAMED)}" if kind == OURS else "")
+            )
+    return MethodName(text=text, kind=kind, model=model, settings=load_config(CompressionSettings, None, overrides))
 
 
 def open_target(settings: TargetSettings, folder: Path) -> Target:
@@ -26,8 +91,6 @@ def open_target(settings: TargetSettings, folder: Path) -> Target:
         folder: of the results, where an endpoint's answers are kept unless the settings name another place.
     """
     if settings.base_url:
-        from terselm.evaluate.endpoint import EndpointTarget
-
         return EndpointTarget(settings, folder / "answers.jsonl")
     return LocalTarget(load_causal_lm(settings.model, device=settings.device, dtype=settings.dtype))
 
@@ -41,17 +104,18 @@ class Workshop:
         ready: methods by name that need not be built.
     """
 
-    def __init__(self, settings: EvaluateSettings, target: Target, count: Count, ready: Mapping[str, Method]) -> None:
+    def __init__(
+        self, settings: EvaluateSettings, target: Target, count: Count, ready: Mapping[str, EvaluationMethod]
+    ) -> None:
         self._settings = settings
         self._target = target
         self._count = count
         self._ready = ready
-        self._small_lm = cache(self._load)
-        self._compressor = cache(self._load_compressor)
-        self._target_compressor = cache(self._build_target_compressor)
+        self._small_lms: dict[str, CausalLM] = {}
+        self._compressors: dict[str | None, PromptCompressor] = {}
 
     @contextmanager
-    def method(self, name: MethodName) -> Iterator[Method]:
+    def method(self, name: MethodName) -> Iterator[EvaluationMethod]:
         """A method that is ready to work; what it holds is let go at the end."""
         settings = self._settings
         if name.kind == READY:
@@ -65,51 +129,34 @@ class Workshop:
             finally:
                 peer.close()
         elif name.kind == OURS:
-            yield self._ours(name)
+            yield self._ours(name, name.model or settings.model)
         else:
-            yield self._baseline(name)
+            surprisals = Surprisals(lambda: self._small_lm(name.model or settings.model))
+            tools = Tools(count=self._count, surprisals=surprisals, seed=settings.seed)
+            yield Baseline(shorten=BASELINES[name.kind], tools=tools)
 
-    def oracle(self, name: MethodName) -> Method:
+    def oracle(self, name: MethodName) -> EvaluationMethod:
         """The same method with the target itself as the small LM.
 
         Raises:
             ConfigError: the target is not a local model.
         """
+        return self._ours(name, None)
+
+    def _ours(self, name: MethodName, model: str | None) -> Ours:
+        """Ours under the settings of ``name``; with the target as the small LM where ``model`` is None."""
+        from terselm.compress.compressor import PromptCompressor
+
+        if model not in self._compressors:
+            self._compressors[model] = PromptCompressor(self._target_lm() if model is None else self._small_lm(model))
+        return Ours(compressor=self._compressors[model].with_settings(name.settings), count=self._count)
+
+    def _small_lm(self, model: str) -> CausalLM:
+        if model not in self._small_lms:
+            self._small_lms[model] = load_causal_lm(model, device=self._settings.device, dtype=self._settings.dtype)
+        return self._small_lms[model]
+
+    def _target_lm(self) -> CausalLM:
         if not isinstance(self._target, LocalTarget):
             raise ConfigError("oracle needs a local target; turn it off")
-        return self._ours(name, as_target=True)
-
-    def _ours(self, name: MethodName, *, as_target: bool = False) -> Method:
-        from terselm.evaluate.ours import Ours
-
-        compressor = self._target_compressor() if as_target else self._compressor(name.model or self._settings.model)
-        return Ours(compressor=compressor.with_settings(name.settings), count=self._count)
-
-    def _baseline(self, name: MethodName) -> Method:
-        from terselm.evaluate.baselines import BASELINES, Baseline, Tools
-        from terselm.evaluate.ours import Surprisals
-
-        model = name.model or self._settings.model
-        reader: list[Surprisals] = []  # made when it is first needed
-
-        def surprisals(text: str, spans: object) -> list[float]:
-            if not reader:
-                reader.append(Surprisals(self._small_lm(model)))
-            return reader[0](text, spans)  # type: ignore[arg-type]
-
-        tools = Tools(count=self._count, surprisals=surprisals, seed=self._settings.seed)
-        return Baseline(shorten=BASELINES[name.kind], tools=tools)
-
-    def _load(self, model: str) -> CausalLM:
-        return load_causal_lm(model, device=self._settings.device, dtype=self._settings.dtype)
-
-    def _load_compressor(self, model: str) -> PromptCompressor:
-        from terselm.compress.compressor import PromptCompressor
-
-        return PromptCompressor(self._small_lm(model))
-
-    def _build_target_compressor(self) -> PromptCompressor:
-        from terselm.compress.compressor import PromptCompressor
-
-        assert isinstance(self._target, LocalTarget)
-        return PromptCompressor(self._target.lm)
+        return self._target.lm

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from terselm import __version__
-from terselm.compress.intervals import CONFIDENCE, RESAMPLES
 from terselm.config import dump_config
-from terselm.evaluate.bootstrap import Estimate
-from terselm.evaluate.figures import GAIN, OVERLAP, Figures
+from terselm.evaluate.figures import EXACT, GAIN, KEPT, OVERLAP, QUALITIES, Figures
 from terselm.evaluate.items import Suite
-from terselm.evaluate.runner import NO_BUDGET, Entry
+from terselm.evaluate.measurements import NO_BUDGET
 from terselm.evaluate.settings import EvaluateSettings
+from terselm.extras import need
 from terselm.files import atomic_file
+from terselm.statistics import CONFIDENCE, RESAMPLES, Interval
 
 _TITLES = {
     GAIN: "gain retained",
-    "exact_match": "exact match",
-    "answer_kept": "answer kept",
+    EXACT: "exact match",
+    KEPT: "answer kept",
     OVERLAP: "oracle overlap",
     "bleu": "BLEU",
     "rouge1": "ROUGE-1",
@@ -30,22 +30,23 @@ _TITLES = {
     "rougeL": "ROUGE-L",
     "bert_score": "BERTScore",
 }
-_SHARES = (GAIN, "exact_match", "answer_kept", OVERLAP)  # shown as per cent
+_LABELS = {GAIN: "in-context gain retained", EXACT: "exact match", KEPT: "answers kept"}  # of the picture
+_SHARES = (GAIN, EXACT, KEPT, OVERLAP)  # shown as per cent
 
 
-def write_report(
-    folder: Path, settings: EvaluateSettings, suite: Suite, entries: Sequence[Entry], figures: Sequence[Figures]
-) -> str:
-    """Write ``results.json``, ``table.md`` and ``quality.png`` into ``folder``; give the table."""
+def write_results(folder: Path, settings: EvaluateSettings, suite: Suite, figures: Sequence[Figures]) -> str:
+    """Write ``results.json``, ``table.md`` and ``quality.png`` into ``folder``; give the table.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
     table = markdown(settings, suite, figures)
     with atomic_file(folder / "results.json") as file:
         json.dump(plain(as_json(settings, suite, figures)), file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
     with atomic_file(folder / "table.md") as file:
         file.write(table + "\n")
-    from terselm.evaluate.picture import draw
-
-    draw(folder / "quality.png", figures, title=f"{suite.name}, read by {settings.target.model}")
+    draw_quality(folder / "quality.png", figures, title=f"{suite.name}, read by {settings.target.model}")
     return table
 
 
@@ -89,11 +90,11 @@ def differences(compare: str, figures: Sequence[Figures]) -> list[str]:
     """What may be said of each method against ``compare``, and what may not."""
     lines = []
     for one in figures:
-        for name, estimate in one.against.items():
-            if one.budget != NO_BUDGET and not estimate.shown and not math.isnan(estimate.low):
+        for name, interval in one.against.items():
+            if one.budget != NO_BUDGET and not interval.shown and not math.isnan(interval.low):
                 lines.append(
                     f"- {_TITLES[name]} at {one.budget}: no difference between {one.method} and {compare} is shown "
-                    f"({_show(name, estimate, signed=True)})."
+                    f"({_show(name, interval, signed=True)})."
                 )
     for one in figures:
         if one.over_budget:
@@ -112,10 +113,10 @@ def _row(one: Figures, measures: Sequence[str], timed: bool) -> list[str]:
     return row
 
 
-def _show(name: str, estimate: Estimate, *, signed: bool = False) -> str:
+def _show(name: str, interval: Interval, *, signed: bool = False) -> str:
     sign = "+" if signed else ""
     scale = 100 if name in _SHARES else 1
-    value, low, high = (scale * x for x in (estimate.value, estimate.low, estimate.high))
+    value, low, high = (scale * x for x in (interval.value, interval.low, interval.high))
     return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
@@ -128,3 +129,45 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def draw_quality(path: Path, figures: Sequence[Figures], *, title: str) -> None:
+    """Quality against tokens, with intervals: one line a method, through its budgets; references are dashed lines.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    need("matplotlib", "evaluate")
+    from matplotlib.figure import Figure
+
+    measure = next((name for name in QUALITIES if any(name in one.quality for one in figures)), None)
+    if measure is None:
+        return
+    picture = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = picture.subplots()
+    for method in dict.fromkeys(one.method for one in figures if one.budget != NO_BUDGET):
+        points = sorted(
+            (one for one in figures if one.method == method and measure in one.quality), key=lambda one: one.tokens
+        )
+        values = [one.quality[measure] for one in points]
+        axes.errorbar(
+            [one.tokens for one in points],
+            [value.value for value in values],
+            yerr=[[max(0, v.value - v.low) for v in values], [max(0, v.high - v.value) for v in values]],
+            label=method,
+            marker="o",
+            markersize=4,
+            linewidth=1,
+            capsize=2,
+        )
+    for one in figures:
+        if one.budget == NO_BUDGET and measure in one.quality:
+            axes.axhline(one.quality[measure].value, color="grey", linestyle="--", linewidth=1)
+            place = 0.01, one.quality[measure].value
+            axes.annotate(one.method, place, xycoords=("axes fraction", "data"), fontsize=8)
+    axes.set_xlabel("tokens of the prompt")
+    axes.set_ylabel(_LABELS.get(measure, measure))
+    axes.set_title(title)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    with atomic_file(path, binary=True) as file:
+        picture.savefig(file, format="png", dpi=130)

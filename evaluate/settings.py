@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from terselm.compress.counter import Count
+from terselm.config import refuse
 from terselm.errors import ConfigError
-from terselm.evaluate.budgets import parse_budget
+from terselm.evaluate.items import Item, full_text
+
+_SHOTS = {"half": 0.5, "quarter": 0.25, "one": 1.0}
 
 
 class SuiteName(StrEnum):
@@ -54,9 +61,11 @@ class SuiteSettings:
     prompt: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("questions", "sets", "shots", "documents"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"suite.{name} is {getattr(self, name)}; expected at least 1")
+        refuse(
+            f"suite.{name} is {getattr(self, name)}; expected at least 1"
+            for name in ("questions", "sets", "shots", "documents")
+            if getattr(self, name) < 1
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +103,7 @@ class TargetSettings:
 
     def __post_init__(self) -> None:
         if self.api not in ("chat", "completions"):
-            raise ConfigError(f"target.api is {self.api!r}; expected chat or completions")
+            refuse([f"target.api is {self.api!r}; expected chat or completions"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +113,7 @@ class EvaluateSettings:
     Attributes:
         suite: the questions.
         target: the model that reads them.
-        methods: how prompts are shortened; see `parse_method`.
+        methods: how prompts are shortened; see `terselm.evaluate.opening`.
         budgets: "1-shot", "half-shot", "quarter-shot" or "2.5-shot" (instruction, question and so many mean
             demonstrations), "300" (tokens) or "0.2" (a share of the prompt's tokens).
         counter: the tokenizer that all tokens are counted in; empty for the target's. In the small LM's own, what it
@@ -123,7 +132,7 @@ class EvaluateSettings:
         seed: of random methods and of intervals.
 
     Raises:
-        ConfigError: no methods or budgets, or neither score nor generate.
+        ConfigError: no methods or budgets, or neither score nor generate; all mistakes in one.
     """
 
     suite: SuiteSettings = field(default_factory=SuiteSettings)
@@ -145,18 +154,22 @@ class EvaluateSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
         if not self.methods or not self.budgets:
-            raise ConfigError("there are no methods or no budgets; name at least one of each")
+            yield "there are no methods or no budgets; name at least one of each"
         if len(set(self.methods)) < len(self.methods):
-            raise ConfigError("a method is named twice; name each once")
+            yield "a method is named twice; name each once"
+        yield from _budget_faults(self.budgets)
         if self.compare and self.compare not in self.methods:
-            raise ConfigError(f"compare is {self.compare!r}; expected one of the methods: {', '.join(self.methods)}")
+            yield f"compare is {self.compare!r}; expected one of the methods: {', '.join(self.methods)}"
         if not self.score and not self.generate:
-            raise ConfigError("neither score nor generate is on, so there is nothing to measure; turn one on")
+            yield "neither score nor generate is on, so there is nothing to measure; turn one on"
         if self.score and not self.references:
-            raise ConfigError("scores are relative to the bare question and the whole prompt; leave references on")
+            yield "scores are relative to the bare question and the whole prompt; leave references on"
         if self.batch < 1:
-            raise ConfigError(f"batch is {self.batch}; expected at least 1")
+            yield f"batch is {self.batch}; expected at least 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +202,68 @@ class TuneSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
         if bool(self.budget) == bool(self.quality):
-            raise ConfigError("give exactly one of a budget and a quality")
-        if self.budget:
-            parse_budget(self.budget)
+            yield "give exactly one of a budget and a quality"
+        yield from _budget_faults([self.budget] if self.budget else [])
         if not 0 <= self.quality <= 1:
-            raise ConfigError(f"quality is {self.quality}; expected a share of the gain, in (0, 1]")
+            yield f"quality is {self.quality}; expected a share of the gain, in (0, 1]"
         if self.minutes <= 0 or self.questions < 1:
-            raise ConfigError("minutes and questions must be above 0")
+            yield "minutes and questions must be above 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationBudget:
+    """How long prompts may be, as the paper names it, in the target's tokens: exactly one of the figures is given.
+
+    Attributes:
+        name: as the user wrote it.
+        shots: mean demonstrations beside the instruction and the question.
+        tokens: for each prompt.
+        rate: share of each prompt's tokens.
+    """
+
+    name: str
+    shots: float | None = None
+    tokens: int | None = None
+    rate: float | None = None
+
+    def of(self, item: Item, count: Count) -> int:
+        """Tokens for one prompt, at least 1."""
+        if self.tokens is not None:
+            return self.tokens
+        if self.rate is not None:
+            return max(1, math.floor(self.rate * count(full_text(item.prompt))))
+        assert self.shots is not None
+        demonstrations = [count(f"\n\n{text}") for text in item.prompt.demonstrations if text]
+        mean = sum(demonstrations) / len(demonstrations) if demonstrations else 0.0
+        return max(1, count(full_text(item.bare)) + math.floor(self.shots * mean))
+
+
+def parse_budget(text: str) -> EvaluationBudget:
+    """Read "1-shot", "half-shot", "2.5-shot", "300" or "0.2".
+
+    Raises:
+        ConfigError: none of these.
+    """
+    name = text.strip()
+    if match := re.fullmatch(r"(half|quarter|one|\d+(?:\.\d+)?)[- ]shot", name):
+        return EvaluationBudget(name=name, shots=_SHOTS.get(match[1]) or float(match[1]))
+    if re.fullmatch(r"[1-9]\d*", name):
+        return EvaluationBudget(name=name, tokens=int(name))
+    if re.fullmatch(r"0?\.\d+", name) and float(name) > 0:
+        return EvaluationBudget(name=name, rate=float(name))
+    raise ConfigError(
+        f"{text!r} is not a budget; expected '1-shot', 'half-shot', a number of tokens such as '300', or a share of "
+        "the prompt's tokens such as '0.2'"
+    )
+
+
+def _budget_faults(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        try:
+            parse_budget(text)
+        except ConfigError as error:
+            yield str(error)

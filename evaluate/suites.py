@@ -1,19 +1,50 @@
-"""The suites by name."""
+"""The suites: what becomes of the rows of each data set.
+
+GSM8K: grade-school maths with worked answers, several examples a prompt. Source: arXiv:2110.14168; the form of the
+prompt is that of arXiv:2210.00720, which arXiv:2310.05736 compresses.
+
+BIG-Bench Hard: reasoning tasks with three worked examples each. The chain-of-thought prompts come from the authors'
+repository (suzgunmirac/BIG-Bench-Hard, folder cot-prompts), the questions from there too, or from the hub. The tests
+have no worked answers, so the gold text is the sentence with which the examples end: "So the answer is …." Source:
+arXiv:2210.09261.
+
+NQ: open-domain questions over several documents. Source: the prompts of arXiv:2307.03172, whose data
+(github.com/nelson-liu/lost-in-the-middle) is not on the hub.
+
+ShareGPT: dialogues. Arxiv: scientific articles. And the user's own prompts.
+"""
 
 from __future__ import annotations
 
-from terselm.evaluate import bbh, documents, gsm8k, own
-from terselm.evaluate.items import Suite
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from terselm.compress.prompt import Prompt
+from terselm.data.rows import read_rows
+from terselm.errors import ConfigError, DataFormatError
+from terselm.evaluate.answers import bbh_right, holds_answer, maths_right, normalised, short_answer_right
+from terselm.evaluate.items import Item, Suite
 from terselm.evaluate.settings import SuiteName, SuiteSettings
 
-_LOADERS = {
-    SuiteName.GSM8K: gsm8k.load,
-    SuiteName.BBH: bbh.load,
-    SuiteName.NQ: documents.load_nq,
-    SuiteName.SHAREGPT: documents.load_sharegpt,
-    SuiteName.ARXIV: documents.load_arxiv,
-    SuiteName.PROMPTS: own.load,
-}
+_GSM8K_ID = "openai/gsm8k"
+_GSM8K_INSTRUCTION = "Please reference the following examples to answer the math question,"
+_GSM8K_ASK = "Let's think step by step"
+_GSM8K_CALCULATOR = re.compile(r"<<.*?>>")
+_BBH_ID = "lukaemon/bbh"
+_BBH_CANARY = "-----\n"
+_NQ_INSTRUCTION = (
+    "Write a high-quality answer for the given question using only the provided search results "
+    "(some of which might be irrelevant)."
+)
+_SHAREGPT_ID = "anon8231489123/ShareGPT_Vicuna_unfiltered"
+_SPEAKERS = {"human": "User", "user": "User", "gpt": "Assistant", "assistant": "Assistant"}
+_ARXIV_ID = "liyucheng/arxiv-march-2023"
+_PASSAGE_WORDS = 300
+_PROMPT_KEYS = {"instruction", "demonstrations", "question", "answer"}
 
 
 def load_suite(settings: SuiteSettings) -> Suite:
@@ -22,4 +53,334 @@ def load_suite(settings: SuiteSettings) -> Suite:
     Raises:
         ConfigError, DataFormatError: the data is missing or of another form.
     """
-    return _LOADERS[settings.name](settings)
+    match settings.name:
+        case SuiteName.GSM8K:
+            return _gsm8k(settings)
+        case SuiteName.BBH:
+            return _bbh(settings)
+        case SuiteName.NQ:
+            return _nq(settings)
+        case SuiteName.SHAREGPT:
+            return _sharegpt(settings)
+        case SuiteName.ARXIV:
+            return _arxiv(settings)
+        case SuiteName.PROMPTS:
+            return _own_prompts(settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """A row of a data set.
+
+    Attributes:
+        where: the file and line, or the data set and row, for complaints.
+        number: from 1, of the line or row.
+    """
+
+    where: str
+    number: int
+    values: dict[str, Any]
+
+    def text(self, key: str) -> str:
+        """The text under ``key``.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        value = self.values.get(key)
+        if not isinstance(value, str) or not value.strip():
+            raise ConfigError(f"{self.where}: expected a text under {key!r}, got {value!r}")
+        return value
+
+
+def _gsm8k(settings: SuiteSettings) -> Suite:
+    """Questions of the test rows, shared out among demonstration sets that are drawn from the training rows."""
+    test = _rows(settings.data, _GSM8K_ID, "main", "test")
+    if len(test) < settings.questions:
+        raise ConfigError(f"GSM8K has {len(test)} test rows here; {settings.questions} questions are asked for")
+    questions = random.Random(settings.seed).sample(test, settings.questions)
+    sets = _demonstration_sets(settings)
+    items = []
+    for number, row in enumerate(questions):
+        worked, final = _worked_answer(row)
+        chosen = number % len(sets)
+        prompt = Prompt(instruction=_GSM8K_INSTRUCTION, demonstrations=sets[chosen], question=_maths_question(row))
+        items.append(
+            Item(id=f"{number}", prompt=prompt, gold=f"\n{worked}", answers=(final,), group=f"set {chosen}")
+        )
+    return Suite(
+        name="gsm8k", items=items, right=lambda text, item: maths_right(text, item.answers), stop=("\n\n", "Question:")
+    )
+
+
+def _demonstration_sets(settings: SuiteSettings) -> list[tuple[str, ...]]:
+    if settings.prompt is not None:
+        return [_demonstrations(settings.prompt)]
+    train = _rows(settings.train, _GSM8K_ID, "main", "train")
+    if len(train) < settings.shots:
+        raise ConfigError(f"GSM8K has {len(train)} training rows here; {settings.shots} demonstrations are asked for")
+    draws = (random.Random(f"{settings.seed}/{number}").sample(train, settings.shots) for number in range(settings.sets))
+    return [tuple(f"{_maths_question(row)}\n{_worked_answer(row)[0]}" for row in rows) for rows in draws]
+
+
+def _maths_question(row: _Row) -> str:
+    return f"Question: {row.text('question').strip()}\n{_GSM8K_ASK}"
+
+
+def _worked_answer(row: _Row) -> tuple[str, str]:
+    """The steps with "The answer is …" as their end, and the final number."""
+    steps, mark, final = row.text("answer").partition("\n####")
+    if not mark or not final.strip():
+        raise ConfigError(f"{row.where}: expected an answer that ends with '#### NUMBER'")
+    return f"{_GSM8K_CALCULATOR.sub('', steps).strip()}\nThe answer is {final.strip()}", final.strip()
+
+
+def _demonstrations(path: Path) -> tuple[str, ...]:
+    """Demonstrations that stand in a text file with blank lines between them.
+
+    Raises:
+        DataFormatError: the file cannot be read, or is blank.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataFormatError(path, None, f"cannot be read: {error}") from None
+    demonstrations = tuple(part.strip() for part in re.split(r"\n\s*\n", text) if part.strip())
+    if not demonstrations:
+        raise DataFormatError(path, None, "holds no demonstrations; separate them by blank lines")
+    return demonstrations
+
+
+def _bbh(settings: SuiteSettings) -> Suite:
+    """``settings.questions`` questions of every task."""
+    if settings.prompt is None or not settings.prompt.is_dir():
+        raise ConfigError(
+            f"suite.prompt is {settings.prompt}; expected the folder with BBH's chain-of-thought prompts "
+            "(cot-prompts of github.com/suzgunmirac/BIG-Bench-Hard), one TASK.txt each"
+        )
+    there = sorted(path.stem for path in settings.prompt.glob("*.txt"))
+    if missing := sorted(set(settings.tasks) - set(there)):
+        raise ConfigError(f"{settings.prompt} holds no prompt for {', '.join(missing)}; there are {', '.join(there)}")
+    items = [item for task in settings.tasks or there for item in _bbh_task(task, settings, settings.prompt)]
+    if not items:
+        raise ConfigError(f"{settings.prompt} holds no prompts; expected one TASK.txt a task")
+    return Suite(name="bbh", items=items, right=lambda text, item: bbh_right(text, item.answers), stop=("\n\nQ:",))
+
+
+def _bbh_task(task: str, settings: SuiteSettings, prompts: Path) -> list[Item]:
+    instruction, demonstrations = _bbh_prompt(prompts / f"{task}.txt")
+    rows = _rows(settings.data / f"{task}.json" if settings.data is not None else None, _BBH_ID, task, "test")
+    chosen = random.Random(f"{settings.seed}/{task}").sample(rows, min(settings.questions, len(rows)))
+    return [
+        Item(
+            id=f"{task}/{number}",
+            prompt=Prompt(
+                instruction=instruction,
+                demonstrations=demonstrations,
+                question=f"Q: {row.text('input').strip()}\nA: Let's think step by step.",
+            ),
+            gold=f"\nSo the answer is {row.text('target').strip()}.",
+            answers=(row.text("target").strip(),),
+            group=task,
+        )
+        for number, row in enumerate(chosen)
+    ]
+
+
+def _bbh_prompt(path: Path) -> tuple[str, tuple[str, ...]]:
+    """The instruction and the worked examples of a chain-of-thought prompt."""
+    parts = [
+        part.split(_BBH_CANARY, 1)[-1]
+        for part in _demonstrations(path)
+        if "canary" not in part.lower() or _BBH_CANARY in part
+    ]
+    first = next((i for i, part in enumerate(parts) if part.startswith("Q:")), len(parts))
+    examples: list[str] = []
+    for part in parts[first:]:
+        if part.startswith("Q:"):
+            examples.append(part)
+        else:
+            examples[-1] += f"\n\n{part}"
+    return "\n\n".join(parts[:first]), tuple(examples)
+
+
+def _nq(settings: SuiteSettings) -> Suite:
+    """Questions whose passage stands among passages of other questions, at a place drawn by the seed.
+
+    Rows have ``question``, ``answers`` and ``ctxs`` (``title``, ``text``, the first of them gold or marked ``isgold``).
+    """
+    if settings.data is None:
+        raise ConfigError("the nq suite reads a local file; give suite.data=FILE (JSON Lines: question, answers, ctxs)")
+    rows = _rows(settings.data)
+    passages = [_gold_passage(row) for row in rows]
+    _check_enough(rows, max(settings.questions, settings.documents), "nq")
+    items = []
+    for number in random.Random(settings.seed).sample(range(len(rows)), settings.questions):
+        answers = rows[number].values.get("answers")
+        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+            raise ConfigError(f"{rows[number].where}: expected a list of texts under 'answers', got {answers!r}")
+        documents = _documents(number, answers, passages, settings)
+        question = f"Question: {rows[number].text('question').strip()}\nAnswer:"
+        items.append(
+            Item(
+                id=f"{number}",
+                prompt=Prompt(instruction=_NQ_INSTRUCTION, demonstrations=documents, question=question),
+                gold=f" {answers[0]}",
+                answers=answers,
+                group=f"{number}",
+            )
+        )
+    return Suite(
+        name="nq",
+        items=items,
+        right=lambda text, item: short_answer_right(text, item.answers),
+        kept=lambda text, item: holds_answer(text, item.answers),
+        max_new_tokens=100,
+        stop=("\n",),
+    )
+
+
+def _gold_passage(row: _Row) -> tuple[str, str]:
+    """Title and text."""
+    passages = row.values.get("ctxs")
+    if not isinstance(passages, list) or not passages:
+        raise ConfigError(f"{row.where}: expected passages under 'ctxs'")
+    gold = next((passage for passage in passages if passage.get("isgold")), passages[0])
+    passage = _Row(where=row.where, number=row.number, values=gold)
+    return passage.text("title"), passage.text("text")
+
+
+def _documents(
+    number: int, answers: Sequence[str], passages: Sequence[tuple[str, str]], settings: SuiteSettings
+) -> list[str]:
+    """The passage of question ``number`` among others, none of which holds an answer to it."""
+    chance = random.Random(f"{settings.seed}/{number}")
+    others = [i for i, (_, text) in enumerate(passages) if i != number and not holds_answer(text, answers)]
+    chosen = chance.sample(others, min(settings.documents - 1, len(others)))
+    chosen.insert(chance.randrange(len(chosen) + 1), number)
+    return [f"Document [{i}](Title: {passages[n][0]}) {passages[n][1]}" for i, n in enumerate(chosen, start=1)]
+
+
+def _sharegpt(settings: SuiteSettings) -> Suite:
+    """Dialogues: all turns but the last two are to be compressed, the last question asked, the last answer compared.
+
+    Rows have ``conversations``: a list of ``from`` (``human`` or ``gpt``) and ``value``.
+    """
+    rows = _rows(settings.data, _SHAREGPT_ID, None, "train")
+    dialogues = [(row, turns) for row in rows if (turns := _turns(row)) is not None]
+    _check_enough(dialogues, settings.questions, "sharegpt")
+    items = []
+    for row, turns in random.Random(settings.seed).sample(dialogues, settings.questions):
+        question, reference = turns[-2][1], turns[-1][1]
+        prompt = Prompt(
+            demonstrations=[f"{speaker}: {text}" for speaker, text in turns[:-2]],
+            question=f"User: {question}\nAssistant:",
+        )
+        items.append(
+            Item(id=f"{row.number}", prompt=prompt, gold=f" {reference}", answers=(reference,), group=row.where)
+        )
+    return Suite(name="sharegpt", items=items, right=None, stop=("\nUser:",))
+
+
+def _turns(row: _Row) -> list[tuple[str, str]] | None:
+    """Speaker and text of each turn up to the last answer; None for a dialogue that is too short."""
+    values = row.values.get("conversations")
+    if not isinstance(values, list):
+        return None
+    turns = [
+        (_SPEAKERS[turn["from"]], turn["value"].strip())
+        for turn in values
+        if isinstance(turn, dict) and turn.get("from") in _SPEAKERS and str(turn.get("value", "")).strip()
+    ]
+    while turns and turns[-1][0] != "Assistant":
+        turns.pop()
+    return turns if len(turns) >= 4 and turns[-2][0] == "User" else None
+
+
+def _arxiv(settings: SuiteSettings) -> Suite:
+    """Articles to summarise. There is no gold summary: answers are compared with that to the uncompressed article.
+
+    Rows have ``text``. Paragraphs are the demonstrations.
+    """
+    rows = _rows(settings.data, _ARXIV_ID, None, "train")
+    _check_enough(rows, settings.questions, "arxiv")
+    question = "Summarize the article above in a few sentences.\nSummary:"
+    items = [
+        Item(
+            id=f"{row.number}",
+            prompt=Prompt(demonstrations=_paragraphs(row.text("text")), question=question),
+            gold="",
+            answers=(),
+            group=row.where,
+        )
+        for row in random.Random(settings.seed).sample(rows, settings.questions)
+    ]
+    return Suite(name="arxiv", items=items, right=None, stop=("\n\n",))
+
+
+def _paragraphs(text: str) -> list[str]:
+    """Paragraphs, the small ones joined up to a few hundred words."""
+    joined: list[str] = []
+    for paragraph in filter(None, (part.strip() for part in text.split("\n\n"))):
+        if joined and len(joined[-1].split()) + len(paragraph.split()) <= _PASSAGE_WORDS:
+            joined[-1] += f"\n{paragraph}"
+        else:
+            joined.append(paragraph)
+    return joined
+
+
+def _own_prompts(settings: SuiteSettings) -> Suite:
+    """At most ``settings.questions`` prompts of the user's file, in its order."""
+    if settings.data is None:
+        raise ConfigError("give a file of prompts (JSON Lines: instruction, demonstrations, question, answer)")
+    rows = _rows(settings.data)[: settings.questions]
+    if not rows:
+        raise ConfigError(f"{settings.data} holds no prompts")
+    items = []
+    for number, row in enumerate(rows):
+        if unknown := sorted(row.values.keys() - _PROMPT_KEYS):
+            keys = ", ".join(sorted(_PROMPT_KEYS))
+            raise ConfigError(f"{row.where}: unknown key {unknown[0]!r}; expected some of {keys}")
+        answer = row.values.get("answer") or ""
+        if not isinstance(answer, str):
+            raise ConfigError(f"{row.where}: the answer is a {type(answer).__name__}; expected a text")
+        prompt = Prompt(**{key: row.values[key] for key in _PROMPT_KEYS - {"answer"} if row.values.get(key)})
+        gold = answer if not answer or answer[0].isspace() else f"\n{answer}"
+        items.append(
+            Item(id=f"{number}", prompt=prompt, gold=gold, answers=(answer,) if answer else (), group=f"{number}")
+        )
+    return Suite(
+        name="prompts",
+        items=items,
+        right=lambda text, item: any(normalised(text) == normalised(answer) for answer in item.answers),
+    )
+
+
+def _rows(path: Path | None, hub_id: str = "", config: str | None = None, split: str = "") -> list[_Row]:
+    """The rows of a local file; where none is named, of a data set on the hub.
+
+    A ``.json`` file may hold an object with the rows under ``examples`` (the form of BIG-Bench Hard).
+
+    Raises:
+        DataFormatError: the file cannot be read.
+        ConfigError: the hub did not give the data set.
+    """
+    if path is None:
+        name = f"hub:{hub_id}{f':{config}' if config else ''}#{split}"
+        try:
+            return [_Row(where=f"{hub_id}, {split} row {n}", number=n, values=row) for n, row in read_rows(name)]
+        except (ConfigError, DataFormatError) as error:
+            raise ConfigError(f"{error}; give local files instead (suite.data)") from None
+    rows = list(read_rows(str(path)))
+    if path.suffix == ".json":
+        if len(rows) == 1 and isinstance(examples := rows[0][1].get("examples"), list):
+            rows = list(enumerate(examples, start=1))
+        if not all(isinstance(row, dict) for _, row in rows):
+            raise DataFormatError(path, None, "expected JSON objects under 'examples'")
+        return [_Row(where=f"{path}, row {number}", number=number, values=row) for number, row in rows]
+    return [_Row(where=f"{path}:{number}", number=number, values=row) for number, row in rows]
+
+
+def _check_enough(rows: Sequence[object], needed: int, name: str) -> None:
+    if len(rows) < needed:
+        raise ConfigError(f"the {name} data has {len(rows)} usable rows; {needed} are asked for")

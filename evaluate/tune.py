@@ -1,48 +1,76 @@
 """`tune`: from the user's own prompts and target, the settings that keep most of what the prompts are worth.
 
 Quality is the in-context gain retained: how much of what the demonstrations bring to the gold answer, in nats a token,
-is left. Where the user has no answers, the target's own greedy answers to the whole prompts are the gold ones.
+is left. Where the user has no answers, the target's own greedy answers to the whole prompts are the gold ones. Shapes
+that differ in kind are tried first, then one setting at a time around the best.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from terselm.compress.compressor import PromptCompressor
-from terselm.data.jsonl import dump_object, read_objects
+from terselm.compress.settings import (
+    PAPER_INSTRUCTION_RATE,
+    PAPER_QUESTION_RATE,
+    AnchorOrder,
+    CompressionSettings,
+    UnitKind,
+    paper_settings,
+)
+from terselm.data.jsonl import Json, dump_object
+from terselm.data.rows import read_rows
 from terselm.errors import ConfigError
-from terselm.evaluate.candidates import Candidate, around, shapes
 from terselm.evaluate.figures import GAIN, Figures, Figuring
-from terselm.evaluate.items import full_text
-from terselm.evaluate.ours import Ours
-from terselm.evaluate.runner import FULL, ZERO, Entry, Run
+from terselm.evaluate.items import Item, full_text
+from terselm.evaluate.measurements import FULL, NO_BUDGET, ZERO, Measurement
+from terselm.evaluate.methods import EvaluationMethod, Ours
+from terselm.evaluate.report import write_results
+from terselm.evaluate.run import Evaluation
 from terselm.evaluate.settings import EvaluateSettings, SuiteName, SuiteSettings, TuneSettings
+from terselm.evaluate.suites import load_suite
 from terselm.evaluate.targets import LocalTarget
 from terselm.files import atomic_file
 from terselm.models import load_causal_lm
+from terselm.progress import Progress
 
 _log = logging.getLogger(__name__)
 _RATES = ("0.7", "0.5", "0.35", "0.25", "0.17", "0.12", "0.08")  # tried for the smallest budget at a quality
 _MIDDLE = "0.25"
 _ANSWER_TOKENS = 128
-ANSWERED = "prompts.jsonl"
+_ANSWERED = "prompts.jsonl"
+_NOT_TUNED = ("ablations", "cache_bytes")
+_THINNED = CompressionSettings(anchor=0.0)  # what is not question or instruction, token by token
+
+_AROUND: dict[str, tuple[Any, ...]] = {
+    "k": (1.0, 1.2, 1.5, 2.0, 3.0),
+    "anchor": (0.0, 0.3, 0.5, 0.7, 1.0),
+    "anchor_by": tuple(AnchorOrder),
+    "unit": tuple(UnitKind),
+    "segment_size": (50, 100, 200, 400),
+    "question_rate": (None, PAPER_QUESTION_RATE),
+    "instruction_rate": (None, PAPER_INSTRUCTION_RATE),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """What was found.
+    """What a search came to.
 
     Attributes:
-        best: the settings; budget: at which, as `parse_budget` reads it.
+        best: the settings.
+        budget: at which, as `parse_budget` reads it.
         reached: whether the quality that was asked for is.
-        figures: of all that was tried; table: the same in Markdown.
+        figures: of all that was tried.
+        table: the same in Markdown.
     """
 
     best: Candidate
@@ -52,19 +80,94 @@ class Tuned:
     table: str
 
 
-class Search:
-    """Tries settings on the user's prompts; what was tried is in a journal and is not tried again."""
+def tune(settings: TuneSettings, folder: Path) -> Tuned:
+    """Search, and write ``compress.yaml``, ``results.json``, ``table.md`` and ``quality.png`` into ``folder``.
 
-    def __init__(self, settings: TuneSettings, folder: Path, target: LocalTarget, compressor: PromptCompressor) -> None:
+    Raises:
+        ConfigError: no usable prompts, a target that is not local, or a folder that holds another evaluation.
+    """
+    if settings.target.base_url:
+        raise ConfigError("tune needs a local target: endpoints do not tell how likely they find a given answer")
+    until = time.monotonic() + 60 * settings.minutes
+    target = LocalTarget(load_causal_lm(settings.target.model, device=settings.device, dtype=settings.target.dtype))
+    small = (
+        target.lm if settings.model == settings.target.model else load_causal_lm(settings.model, device=settings.device)
+    )
+    prompts = _with_answers(settings, folder, target)
+    search = Search(settings, prompts, folder, target, PromptCompressor(small), until)
+    best, budget, reached = search.run()
+    figures, table = search.report()
+    chosen = next(one for one in figures if (one.method, one.budget) == (best.name, budget))
+    _write_config(folder / "compress.yaml", best.settings, chosen, settings.model)
+    if np.mean(search.nats(ZERO, NO_BUDGET)) <= np.mean(search.nats(FULL, NO_BUDGET)):
+        _log.info("the demonstrations bring this target nothing: the bare question predicts the answers as well")
+    if not reached:
+        _log.info("no budget keeps %.0f%% of the gain; these settings keep the most", 100 * settings.quality)
+    difference = chosen.against.get(GAIN)
+    if difference is not None and not difference.shown:
+        _log.info("with so few prompts, no difference from the default settings is shown; give more to be sure")
+    return Tuned(best=best, budget=budget, reached=reached, figures=figures, table=table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Settings under a name that says how they differ from the defaults."""
+
+    settings: CompressionSettings
+
+    @property
+    def name(self) -> str:
+        default = CompressionSettings()
+        differences = [
+            f"{field}={getattr(self.settings, field)}"
+            for field in _AROUND
+            if getattr(self.settings, field) != getattr(default, field)
+        ]
+        return f"terselm:{','.join(differences)}" if differences else "terselm"
+
+
+class Search:
+    """Tries settings on the user's prompts; what was tried is in a journal and is not tried again.
+
+    Args:
+        settings: of the search.
+        prompts: the file of the prompts, each with an answer.
+        folder: where the journal is.
+        target: reads the prompts.
+        compressor: shortens them.
+        until: by the monotonic clock, after which no new settings are tried.
+    """
+
+    def __init__(
+        self,
+        settings: TuneSettings,
+        prompts: Path,
+        folder: Path,
+        target: LocalTarget,
+        compressor: PromptCompressor,
+        until: float,
+    ) -> None:
         self._settings = settings
         self._folder = folder
         self._target = target
         self._compressor = compressor
+        self._until = until
         self._tried: dict[str, Candidate] = {}
         self._budgets: list[str] = []
-        self._until = time.monotonic() + 60 * settings.minutes
-        self._data = self._answered()
-        self._entries: list[Entry] = []
+        self._ready: dict[str, EvaluationMethod] = {}
+        self._evaluation = Evaluation(
+            EvaluateSettings(
+                suite=_suite_settings(settings, prompts),
+                target=settings.target,
+                model=settings.model,
+                seed=settings.seed,
+            ),
+            folder,
+            target,
+            self._ready,
+            progress=False,
+        )
+        self._measurements: dict[tuple[str, str, str], Measurement] = {}
 
     def run(self) -> tuple[Candidate, str, bool]:
         """The best settings, their budget, and whether the quality is reached."""
@@ -84,135 +187,171 @@ class Search:
 
     def nats(self, method: str, budget: str) -> list[float]:
         """−log p a token of each gold answer."""
-        return [
-            entry["nats"] / entry["gold_tokens"]
-            for entry in self._entries
-            if entry["method"] == method and entry["budget"] == budget
-        ]
+        measured = [one.nats_a_token for one in self._measurements.values() if one.cell == (method, budget)]
+        return [nats for nats in measured if nats is not None]
 
     def gain(self, method: str, budget: str) -> float:
         """The share of the gain that is left; infinite where there was none to lose."""
-        zero, whole = float(np.mean(self.nats(ZERO, "-"))), float(np.mean(self.nats(FULL, "-")))
+        zero, whole = (float(np.mean(self.nats(reference, NO_BUDGET))) for reference in (ZERO, FULL))
         left = zero - float(np.mean(self.nats(method, budget)))
         return left / (zero - whole) if zero > whole else float("inf") if left >= 0 else float("-inf")
 
-    def settings(self, methods: Sequence[str]) -> EvaluateSettings:
-        """Of the evaluation that all trials belong to."""
-        return EvaluateSettings(
-            suite=SuiteSettings(name=SuiteName.PROMPTS, data=self._data, questions=self._settings.questions),
-            target=self._settings.target,
-            methods=list(methods),
+    def report(self) -> tuple[list[Figures], str]:
+        """Write what was tried; give its figures and the table."""
+        settings = replace(
+            self._evaluation.settings,
+            methods=list(self._tried),
             budgets=list(self._budgets),
-            compare="terselm" if "terselm" in methods else "",
-            model=self._settings.model,
-            seed=self._settings.seed,
+            compare="terselm" if "terselm" in self._tried else "",
         )
-
-    def figures(self) -> tuple[EvaluateSettings, Run, list[Figures], list[Entry]]:
-        """Of all that was tried."""
-        settings = self.settings(list(self._tried))
-        run = self._evaluation(settings)
-        return settings, run, Figuring(settings, run.suite, self._entries).all(), self._entries
+        figures = Figuring(settings, self._evaluation.suite, list(self._measurements.values())).all()
+        return figures, write_results(self._folder, settings, self._evaluation.suite, figures)
 
     def _smallest(self) -> tuple[Candidate, str, bool]:
         """Down the rates with the three best settings, as long as the quality is reached."""
         ranked = sorted(self._tried, key=lambda name: float(np.mean(self.nats(name, _MIDDLE))))[:3]
-        found: tuple[Candidate, str] | None = None
+        smallest: tuple[Candidate, str] | None = None
         for rate in _RATES:
             self._try([self._tried[name] for name in ranked], rate, whatever_the_time=True)
             best = self.best(rate, ranked)
             if self.gain(best.name, rate) < self._settings.quality:
                 break
-            found = best, rate
-        return (*found, True) if found else (self.best(_RATES[0], ranked), _RATES[0], False)
+            smallest = best, rate
+        return (*smallest, True) if smallest else (self.best(_RATES[0], ranked), _RATES[0], False)
 
     def _try(self, candidates: Iterable[Candidate], budget: str, *, whatever_the_time: bool = False) -> bool:
         """Measure settings; whether there were any new ones."""
         if budget not in self._budgets:
             self._budgets.append(budget)
         new = [candidate for candidate in candidates if not self.nats(candidate.name, budget)]
-        with tqdm(new, unit="setting", disable=None) as bar:
-            for number, candidate in enumerate(bar):
+        with Progress(len(new), f"tuning at {budget}", "settings") as progress:
+            for number, candidate in enumerate(new):
                 if number and not (whatever_the_time or self._time_left()):
                     _log.info("out of time: %d settings were not tried", len(new) - number)
                     break
-                bar.set_postfix_str(candidate.name)
-                self._tried[candidate.name] = candidate
                 self._measure(candidate, budget)
+                progress.update(1, candidate.name)
         return bool(new)
 
     def _measure(self, candidate: Candidate, budget: str) -> None:
-        settings = EvaluateSettings(**{**vars(self.settings([candidate.name])), "budgets": [budget]})
-        known = {(entry["method"], entry["budget"], entry["id"]) for entry in self._entries}
-        self._entries += [
-            entry
-            for entry in self._evaluation(settings).measure()
-            if (entry["method"], entry["budget"], entry["id"]) not in known
-        ]
-
-    def _evaluation(self, settings: EvaluateSettings) -> Run:
-        ready = {
-            name: Ours(compressor=self._compressor.with_settings(self._tried[name].settings), count=self._target.count)
-            for name in settings.methods
-        }
-        return Run(settings, self._folder, self._target, ready, progress=False)
+        self._tried[candidate.name] = candidate
+        self._ready[candidate.name] = Ours(
+            compressor=self._compressor.with_settings(candidate.settings), count=self._target.count
+        )
+        measured = self._evaluation.measure([candidate.name], [budget])
+        self._measurements |= {one.key: one for one in measured}
 
     def _time_left(self) -> bool:
         return time.monotonic() < self._until
 
-    def _answered(self) -> Path:
-        """The prompts, each with an answer: the user's, or the target's own to the whole prompt."""
-        source, path = self._settings.prompts, self._folder / ANSWERED
-        suite = Run(
-            EvaluateSettings(
-                suite=SuiteSettings(name=SuiteName.PROMPTS, data=source, questions=self._settings.questions)
-            ),
-            self._folder,
-        ).suite
-        silent = [item for item in suite.items if not item.gold.strip()]
-        if not silent:
-            return source
-        if path.exists():
-            return path
-        _log.info("%d prompts have no answer; the target gives its own", len(silent))
-        texts = [full_text(item.prompt) for item in silent]
-        answers = self._target.generate(texts, max_new_tokens=_ANSWER_TOKENS, stop=("\n\n",))
-        given = {item.id: answer for item, answer in zip(silent, answers, strict=True)}
-        rows = [row for _, row in read_objects(source)]
-        with atomic_file(path) as file:
-            for item, row in zip(suite.items, rows, strict=False):
-                answer = row.get("answer") or given.get(item.id, "")
-                if answer.strip():
-                    file.write(dump_object({**row, "answer": answer}) + "\n")
-        return path
+
+def shapes() -> list[Candidate]:
+    """The defaults and what differs from them in kind, the most promising first, for a search that runs out of time."""
+    return [
+        Candidate(settings=settings)
+        for settings in (
+            CompressionSettings(),
+            replace(_THINNED, anchor=1.0),
+            _THINNED,
+            replace(_THINNED, anchor=0.5, unit=UnitKind.LINE),
+            replace(_THINNED, unit=UnitKind.DEMONSTRATION),
+            replace(_THINNED, anchor=1.0, anchor_by=AnchorOrder.LAST),
+            paper_settings(),
+            replace(_THINNED, anchor=0.5, unit=UnitKind.SENTENCE),
+            replace(_THINNED, k=1.2),
+            replace(_THINNED, anchor=0.7),
+            replace(_THINNED, unit=UnitKind.LINE),
+            replace(_THINNED, unit=UnitKind.WORD),
+        )
+    ]
 
 
-def tune(settings: TuneSettings, folder: Path) -> Tuned:
-    """Search, and write ``compress.yaml``, ``results.json``, ``table.md`` and ``quality.png`` into ``folder``.
+def around(best: CompressionSettings) -> Iterator[Candidate]:
+    """All that differ from ``best`` in one setting that makes a difference there."""
+    for field, values in _AROUND.items():
+        if _idle(best, field):
+            continue
+        for value in values:
+            if value != getattr(best, field):
+                yield Candidate(settings=replace(best, **{field: value}))
+
+
+def _idle(settings: CompressionSettings, field: str) -> bool:
+    """Whether a setting decides nothing."""
+    whole_only = settings.anchor == 1 or settings.unit is UnitKind.DEMONSTRATION
+    if field in ("k", "segment_size"):
+        return whole_only
+    return field == "anchor_by" and settings.anchor == 0
+
+
+def _with_answers(settings: TuneSettings, folder: Path, target: LocalTarget) -> Path:
+    """A file of the prompts, each with an answer: the user's, or the target's own to the whole prompt.
+
+    What the target answered in an earlier run is taken from the folder.
 
     Raises:
-        ConfigError: no usable prompts, or a target that is not local.
+        ConfigError: the folder holds answers to other prompts.
     """
-    from terselm.evaluate.report import write_report
-    from terselm.evaluate.yaml_config import write_config
+    suite = load_suite(_suite_settings(settings, settings.prompts))
+    if all(item.gold.strip() for item in suite.items):
+        return settings.prompts
+    path = folder / _ANSWERED
+    earlier = [row for _, row in read_rows(str(path))] if path.exists() else []
+    rows = [row for _, row in read_rows(str(settings.prompts))][: len(suite.items)]
+    answered = _answered(suite.items, rows, earlier, target)
+    if earlier and answered != earlier:
+        raise ConfigError(
+            f"{folder} holds another evaluation: {_ANSWERED} in it was made from other prompts than those of "
+            f"{settings.prompts}; name another folder"
+        )
+    if not earlier:
+        with atomic_file(path) as file:
+            file.writelines(dump_object(row) + "\n" for row in answered)
+    return path
 
-    if settings.target.base_url:
-        raise ConfigError("tune needs a local target: endpoints do not tell how likely they find a given answer")
-    target = LocalTarget(load_causal_lm(settings.target.model, device=settings.device, dtype=settings.target.dtype))
-    small = (
-        target.lm if settings.model == settings.target.model else load_causal_lm(settings.model, device=settings.device)
-    )
-    search = Search(settings, folder, target, PromptCompressor(small))
-    best, budget, reached = search.run()
-    evaluation, run, figures, entries = search.figures()
-    table = write_report(folder, evaluation, run.suite, entries, figures)
-    chosen = next(one for one in figures if (one.method, one.budget) == (best.name, budget))
-    write_config(folder / "compress.yaml", best.settings, chosen, settings.model)
-    if np.mean(search.nats(ZERO, "-")) <= np.mean(search.nats(FULL, "-")):
-        _log.info("the demonstrations bring this target nothing: the bare question predicts the answers as well")
-    if not reached:
-        _log.info("no budget keeps %.0f%% of the gain; these settings keep the most", 100 * settings.quality)
-    difference = chosen.against.get(GAIN)
-    if difference is not None and not difference.shown:
-        _log.info("with so few prompts, no difference from the default settings is shown; give more to be sure")
-    return Tuned(best=best, budget=budget, reached=reached, figures=figures, table=table)
+
+def _answered(items: Sequence[Item], rows: Sequence[Json], earlier: Sequence[Json], target: LocalTarget) -> list[Json]:
+    """The rows with their answers, without those that the target answers with nothing.
+
+    Args:
+        items: one for each row.
+        earlier: what this gave in an earlier run; the target is not asked for these answers again.
+    """
+    if not {_prompt_of(row) for row in earlier} <= {_prompt_of(row) for row in rows}:
+        return []
+    answers = {_prompt_of(row): row["answer"] for row in earlier if row not in rows}
+    silent = [i for i, item in enumerate(items) if not item.gold.strip() and _prompt_of(rows[i]) not in answers]
+    if silent:
+        _log.info("%d prompts have no answer; the target gives its own", len(silent))
+        texts = [full_text(items[i].prompt) for i in silent]
+        new = target.generate(texts, max_new_tokens=_ANSWER_TOKENS, stop=("\n\n",))
+        answers |= {_prompt_of(rows[i]): answer for i, answer in zip(silent, new, strict=True)}
+    full = [
+        row if item.gold.strip() else {**row, "answer": answers[_prompt_of(row)]}
+        for item, row in zip(items, rows, strict=True)
+    ]
+    return [row for row in full if row["answer"].strip()]
+
+
+def _prompt_of(row: Json) -> str:
+    """The row without its answer."""
+    return dump_object({key: value for key, value in row.items() if key != "answer"})
+
+
+def _suite_settings(settings: TuneSettings, prompts: Path) -> SuiteSettings:
+    return SuiteSettings(name=SuiteName.PROMPTS, data=prompts, questions=settings.questions)
+
+
+def _write_config(path: Path, settings: CompressionSettings, chosen: Figures, model: str) -> None:
+    """Write settings, below a line that says how they are used and what they were measured to keep."""
+    option = f"--rate {chosen.budget}" if chosen.budget.startswith(("0.", ".")) else f"--budget {chosen.tokens:.0f}"
+    gain = chosen.quality[GAIN]
+    lines = [
+        f"# terselm compress --model {model} --config {path.name} {option} --prompt prompt.json",
+        f"# Kept {gain.value:.0%} of the in-context gain (95% interval {gain.low:.0%} to {gain.high:.0%}, "
+        f"{chosen.items} prompts) in {chosen.tokens:.0f} tokens on average, {chosen.ratio:.1f} times fewer.",
+    ]
+    names = [field.name for field in fields(settings) if field.name not in _NOT_TUNED]
+    lines += [f"{name}: {json.dumps(getattr(settings, name))}" for name in names]  # JSON is YAML
+    with atomic_file(path) as file:
+        file.write("\n".join(lines) + "\n")

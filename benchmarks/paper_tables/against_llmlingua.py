@@ -10,20 +10,21 @@ from contextlib import ExitStack
 from paper_tables.plan import MATCHED, PEER, journal_for, methods_of, settings_of
 from terselm.compress.counter import Count, resolve_counter
 from terselm.compress.prompt import Prompt
-from terselm.evaluate.methods import Compressed, Method, parse_method
-from terselm.evaluate.opening import Workshop, open_target
+from terselm.evaluate.measurements import JOURNAL
+from terselm.evaluate.methods import Compressed, EvaluationMethod
+from terselm.evaluate.opening import Workshop, open_target, parse_method
 from terselm.evaluate.peer import Llmlingua
-from terselm.evaluate.runner import JOURNAL, Run
+from terselm.evaluate.run import Evaluation
 
 
 class Remembering:
     """llmlingua, asked once for each prompt and budget, whichever target then reads the answer."""
 
-    def __init__(self, peer: Method) -> None:
+    def __init__(self, peer: EvaluationMethod) -> None:
         self._peer = peer
         self._known: dict[tuple[str, int], Compressed] = {}
 
-    def recall(self, run: Run) -> None:
+    def recall(self, run: Evaluation) -> None:
         """What it said before the run was stopped."""
         journal = run.folder / JOURNAL
         if not journal.exists():
@@ -47,7 +48,7 @@ class Remembering:
 class AsLong:
     """A method that may use as many tokens as llmlingua does."""
 
-    def __init__(self, method: Method, peer: Method, count: Count) -> None:
+    def __init__(self, method: EvaluationMethod, peer: EvaluationMethod, count: Count) -> None:
         self._method = method
         self._peer = peer
         self._count = count
@@ -70,12 +71,12 @@ def measure_peer(options: argparse.Namespace, suite: str, shard: str) -> None:
             folder = journal_for(options, suite, each, shard)
             target = open_target(settings.target, folder)
             workshop = Workshop(settings, target, count, {})
-            ready: dict[str, Method] = {PEER: remembering}
+            ready: dict[str, EvaluationMethod] = {PEER: remembering}
             with ExitStack() as stack:
                 for name, ours in MATCHED.items():
                     method = stack.enter_context(workshop.method(parse_method(ours)))
                     ready[name] = AsLong(method, remembering, count)
-                run = Run(settings, folder, target, ready)
+                run = Evaluation(settings, folder, target, ready)
                 remembering.recall(run)
                 run.measure()
     finally:

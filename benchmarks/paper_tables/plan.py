@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from terselm.evaluate.runner import JOURNAL
+from terselm.evaluate.measurements import JOURNAL
 from terselm.evaluate.settings import EvaluateSettings, SuiteName, SuiteSettings, TargetSettings
 
 THINNED = "anchor=0"  # the question whole, demonstrations token by token

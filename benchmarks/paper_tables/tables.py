@@ -11,12 +11,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from paper_tables.plan import folder_of, name_of, settings_of, weights_of
 from terselm.evaluate.figures import Figuring
+from terselm.evaluate.measurements import JOURNAL, Measurement
 from terselm.evaluate.report import as_json, markdown, plain
-from terselm.evaluate.runner import JOURNAL
 from terselm.evaluate.suites import load_suite
 from terselm.train.hardware import describe_hardware
 from terselm.train.provenance import git_commit
@@ -31,18 +30,18 @@ def report(
     kind: str = "evaluate",
 ) -> None:
     """The figures of some methods of these shards together; the journals are kept packed."""
-    entries: list[Any] = []
+    measurements: list[Measurement] = []
     for shard in shards:
         journal = folder_of(options, suite, target, shard) / JOURNAL
         if not journal.exists():
             continue
         lines = journal.read_text(encoding="utf-8").splitlines()
-        entries += [json.loads(line) for line in lines[1:]]
+        measurements += [Measurement.from_json(json.loads(line)) for line in lines[1:]]
         with journal.open("rb") as source, gzip.open(journal.with_suffix(".jsonl.gz"), "wb") as packed:
             shutil.copyfileobj(source, packed)
-    settings = settings_of(options, suite, target, whole(methods, entries, options.budgets.split(",")))
+    settings = settings_of(options, suite, target, whole(methods, measurements, options.budgets.split(",")))
     loaded = load_suite(settings.suite)
-    figures = Figuring(settings, loaded, entries).all()
+    figures = Figuring(settings, loaded, measurements).all()
     table = without_folders(options, markdown(settings, loaded, figures))
     result = {
         "command": "python benchmarks/evaluate_paper.py " + " ".join(sys.argv[1:]),
@@ -58,19 +57,13 @@ def report(
     print(table)
 
 
-def whole(methods: Sequence[str], entries: Sequence[Any], budgets: Sequence[str]) -> list[str]:
+def whole(methods: Sequence[str], measurements: Sequence[Measurement], budgets: Sequence[str]) -> list[str]:
     """Those that were measured to the end: as often at every budget as any method was."""
-    counts = Counter(
-        (entry["method"], entry["budget"]) for entry in {cell_of(entry): entry for entry in entries}.values()
-    )
-    found = [name for name in methods if all(counts[name, budget] == max(counts.values()) for budget in budgets)]
-    for name in [name for name in methods if name not in found]:
+    counts = Counter(one.cell for one in {one.key: one for one in measurements}.values())
+    complete = [name for name in methods if all(counts[name, budget] == max(counts.values()) for budget in budgets)]
+    for name in [name for name in methods if name not in complete]:
         print(f"left out, since it was not measured to the end: {name}", file=sys.stderr)
-    return found
-
-
-def cell_of(entry: Any) -> tuple[str, str, str]:
-    return entry["method"], entry["budget"], entry["id"]
+    return complete
 
 
 def without_folders(options: argparse.Namespace, text: str) -> str:

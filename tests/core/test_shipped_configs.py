@@ -11,7 +11,7 @@ from package_tree import ROOT
 
 from terselm.compress.settings import CompressionSettings, paper_settings
 from terselm.config import load_config
-from terselm.evaluate.methods import parse_method
+from terselm.evaluate.opening import parse_method
 
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*") if path.is_file())
 
@@ -50,9 +50,8 @@ def collect(path: Path) -> Any:
 
 
 def evaluate(path: Path) -> Any:
-    from terselm.evaluate.budgets import parse_budget
-    from terselm.evaluate.methods import parse_method
-    from terselm.evaluate.settings import EvaluateSettings
+    from terselm.evaluate.opening import parse_method
+    from terselm.evaluate.settings import EvaluateSettings, parse_budget
 
     settings = load_config(EvaluateSettings, path)
     return [parse_method(name) for name in settings.methods] + [parse_budget(name) for name in settings.budgets]

@@ -9,9 +9,9 @@ import pytest
 from faulty_server import Faults, Server, answer_to, serving
 
 from terselm.errors import ConfigError
-from terselm.evaluate.endpoint import EndpointTarget
-from terselm.evaluate.evaluate import evaluate
+from terselm.evaluate.run import evaluate
 from terselm.evaluate.settings import EvaluateSettings, SuiteSettings, TargetSettings
+from terselm.evaluate.targets import EndpointTarget
 
 
 def settings_for(url: str, tiny: Path, **options: Any) -> TargetSettings:

@@ -19,10 +19,10 @@ from fakes import random_lm
 
 from terselm import Prompt
 from terselm.errors import ConfigError, ContextLengthError
-from terselm.evaluate.evaluate import evaluate
-from terselm.evaluate.methods import Compressed, parse_method
-from terselm.evaluate.overlap import kept_words, overlap
-from terselm.evaluate.runner import JOURNAL
+from terselm.evaluate.measurements import JOURNAL
+from terselm.evaluate.methods import Compressed, kept_words, overlap
+from terselm.evaluate.opening import parse_method
+from terselm.evaluate.run import evaluate
 from terselm.evaluate.settings import EvaluateSettings, SuiteSettings, TargetSettings
 from terselm.evaluate.targets import LocalTarget
 

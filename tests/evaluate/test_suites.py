@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from terselm.errors import ConfigError, DataFormatError
-from terselm.evaluate.budgets import parse_budget
 from terselm.evaluate.items import full_text
-from terselm.evaluate.settings import SuiteName, SuiteSettings
+from terselm.evaluate.settings import SuiteName, SuiteSettings, parse_budget
 from terselm.evaluate.suites import load_suite
 
 
@@ -175,5 +174,5 @@ def test_budgets(gsm8k: Path, text: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-5", "1.5", "shot", "x-shot", "0.0", "1e3"])
 def test_unknown_budgets(text: str) -> None:
-    with pytest.raises(ConfigError, match="expected such as '1-shot'"):
+    with pytest.raises(ConfigError, match="is not a budget; expected '1-shot'"):
         parse_budget(text)

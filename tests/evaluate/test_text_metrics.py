@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from terselm.errors import ConfigError
-from terselm.evaluate.evaluate import evaluate
-from terselm.evaluate.runner import JOURNAL
+from terselm.evaluate.answers import bert_score, likeness
+from terselm.evaluate.measurements import JOURNAL
+from terselm.evaluate.run import evaluate
 from terselm.evaluate.settings import EvaluateSettings, SuiteName, SuiteSettings, TargetSettings
-from terselm.evaluate.text_metrics import bert_score, likeness
 
 
 def test_by_hand() -> None:

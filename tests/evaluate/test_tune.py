@@ -15,10 +15,9 @@ from terselm import CompressionSettings, PromptCompressor
 from terselm.config import load_config
 from terselm.errors import ConfigError
 from terselm.evaluate import tune as tune_module
-from terselm.evaluate.candidates import Candidate, around, shapes
-from terselm.evaluate.runner import JOURNAL
-from terselm.evaluate.settings import TargetSettings
-from terselm.evaluate.tune import TuneSettings, tune
+from terselm.evaluate.measurements import JOURNAL
+from terselm.evaluate.settings import TargetSettings, TuneSettings
+from terselm.evaluate.tune import Candidate, around, shapes, tune
 
 ROWS = [
     {
@@ -96,6 +95,27 @@ def test_prompts_without_answers(tmp_path: Path, tiny: Path, monkeypatch: pytest
     assert all(row["answer"] for row in answered)
 
 
+def without_answers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: row[key] for key in row if key != "answer"} for row in rows]
+
+
+def test_another_file_of_prompts_is_not_the_first(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few(monkeypatch)
+    monkeypatch.setattr(tune_module, "_ANSWER_TOKENS", 8)
+    first = write(tmp_path / "a.jsonl", without_answers(ROWS))
+    out = tmp_path / "out"
+    tuned = tune(settings_for(first, tiny, budget="0.5", minutes=0.001), out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    changed = [{**row, "question": f"{row['question']} Say it."} for row in without_answers(ROWS)]
+    for rows in (changed, without_answers(ROWS)[:2]):
+        other = write(tmp_path / "b.jsonl", rows)
+        with pytest.raises(ConfigError, match="holds another evaluation"):
+            tune(settings_for(other, tiny, budget="0.5", minutes=0.001), out)
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    same = write(tmp_path / "c.jsonl", without_answers(ROWS))
+    assert tune(settings_for(same, tiny, budget="0.5", minutes=0.001), out).best == tuned.best
+
+
 def test_names_say_what_differs() -> None:
     names = [candidate.name for candidate in shapes()]
     assert names[0] == "terselm"
@@ -113,7 +133,7 @@ def test_names_say_what_differs() -> None:
         ({}, "give exactly one of a budget and a quality"),
         ({"budget": "0.5", "quality": 0.5}, "give exactly one of a budget and a quality"),
         ({"quality": 1.5}, "quality is 1.5"),
-        ({"budget": "much"}, "budget 'much' is none"),
+        ({"budget": "much"}, "'much' is not a budget"),
         ({"budget": "300", "minutes": 0}, "minutes and questions must be above 0"),
     ],
 )
@@ -138,4 +158,4 @@ def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "budget '-1' is none" in done.stderr
+    assert "'-1' is not a budget" in done.stderr

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from terselm.cli.app import app, need, quieten_transformers
+from terselm.cli.app import app, quieten_transformers
+from terselm.extras import need
 
 _log = logging.getLogger(__name__)
 
@@ -25,16 +26,16 @@ def evaluate(
     budgets: Annotated[str | None, typer.Option(help="Such as '1-shot half-shot 300 0.2', with blanks.")] = None,
 ) -> None:
     """Measure what a target makes of compressed prompts, and print the table."""
-    need("evaluate", "matplotlib")
+    need("matplotlib", "evaluate")
     from terselm.config import load_config
     from terselm.evaluate.settings import EvaluateSettings
 
-    given = [f"suite.name={suite}"] if suite else []
-    given += [f"target.model={target}"] if target else []
-    given += [_listed("methods", methods)] if methods else []
-    given += [_listed("budgets", budgets)] if budgets else []
-    settings = load_config(EvaluateSettings, config, [*given, *(overrides or [])])
-    from terselm.evaluate.evaluate import evaluate as run
+    options = [f"suite.name={suite}"] if suite else []
+    options += [f"target.model={target}"] if target else []
+    options += [_listed("methods", methods)] if methods else []
+    options += [_listed("budgets", budgets)] if budgets else []
+    settings = load_config(EvaluateSettings, config, [*options, *(overrides or [])])
+    from terselm.evaluate.run import evaluate as run
 
     quieten_transformers()
     print(run(settings, out)[1])
@@ -54,7 +55,7 @@ def tune(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
 ) -> None:
     """Find the settings that keep most of what your prompts are worth to your target; print their file."""
-    need("evaluate", "matplotlib")
+    need("matplotlib", "evaluate")
     from terselm.evaluate.settings import TargetSettings, TuneSettings
 
     settings = TuneSettings(
@@ -70,8 +71,8 @@ def tune(
     from terselm.evaluate.tune import tune as search
 
     quieten_transformers()
-    found = search(settings, out)
-    _log.info(found.table)
+    tuned = search(settings, out)
+    _log.info(tuned.table)
     print(out / "compress.yaml")
 
 
