@@ -6,7 +6,11 @@ import json
 
 import pytest
 
+from terselm.errors import ConfigError
 from terselm.evaluate.dialogue import conversations
+from terselm.evaluate.items import full_text
+from terselm.evaluate.settings import SuiteName, SuiteSettings
+from terselm.evaluate.suites import load_suite
 from terselm.evaluate.tool_output import KINDS, Owner, holds, tool_outputs
 
 
@@ -49,3 +53,21 @@ def test_a_fact_is_asked_for_forty_turns_later() -> None:
         assert not item.kept(text.replace(item.owner, ""))
         if item.outdated:
             assert not item.kept(text + item.outdated)
+
+
+def test_the_suites_read_answers_and_look_for_them_in_prompts() -> None:
+    suite = load_suite(SuiteSettings(name=SuiteName.TOOLS, questions=2, tasks=["json", "diff"]))
+    assert [item.id for item in suite.items] == ["json/0", "json/1", "diff/0", "diff/1"]
+    assert suite.right is not None and suite.kept is not None
+    for item in suite.items:
+        value = item.answers[0].split(" ")[-1]
+        assert suite.right(f"It is {value}.", item) and not suite.right("It is 7.", item)
+        assert suite.kept(full_text(item.prompt), item) and not suite.kept(item.answers[0], item)
+    talk = load_suite(SuiteSettings(name=SuiteName.DIALOGUE, questions=3))
+    assert talk.kept is not None
+    assert all(talk.kept(full_text(item.prompt), item) for item in talk.items)
+
+
+def test_an_unknown_kind_is_named() -> None:
+    with pytest.raises(ConfigError, match="unknown kinds of tool output: csv; there are log, json"):
+        load_suite(SuiteSettings(name=SuiteName.TOOLS, tasks=["csv"]))
