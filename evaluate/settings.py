@@ -25,6 +25,8 @@ class SuiteName(StrEnum):
     NQ = "nq"
     SHAREGPT = "sharegpt"
     ARXIV = "arxiv"
+    TOOLS = "tools"  # generated
+    DIALOGUE = "dialogue"  # generated
     PROMPTS = "prompts"  # the user's own
 
 
@@ -34,11 +36,11 @@ class SuiteSettings:
 
     Attributes:
         name: the suite.
-        questions: how many; of BBH, for each task.
+        questions: how many; of BBH, for each task; of tool output, for each kind.
         sets: how many demonstration sets GSM8K's questions are shared out among; each is drawn from the training rows.
         shots: demonstrations in a set.
         documents: passages in a prompt of NQ.
-        tasks: those of BBH to use; none for all.
+        tasks: those of BBH, or kinds of tool output, to use; none for all.
         seed: of every draw.
         data: a local file (GSM8K's test rows, NQ, ShareGPT, arXiv, own prompts) or folder (BBH); None for the hub.
         train: GSM8K's training rows; None for the hub.

@@ -6,14 +6,15 @@ worked examples each; the chain-of-thought prompts come from the authors' reposi
 cot-prompts), the questions from there too, or from the hub; the tests have no worked answers, so the gold text is the
 sentence with which the examples end, "So the answer is ….". NQ: open-domain questions over several documents, with the
 prompts of arXiv:2307.03172, whose data (github.com/nelson-liu/lost-in-the-middle) is not on the hub. ShareGPT:
-dialogues. Arxiv: scientific articles. And the user's own prompts.
+dialogues. Arxiv: scientific articles. Tools and dialogue: generated, see `tool_output` and
+`dialogue`. And the user's own prompts.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from terselm.compress.prompt import Prompt
 from terselm.data.rows import read_rows
 from terselm.errors import ConfigError, DataFormatError
 from terselm.evaluate.answers import bbh_right, holds_answer, maths_right, normalised, short_answer_right
+from terselm.evaluate.dialogue import conversations
 from terselm.evaluate.items import Item, Suite
 from terselm.evaluate.settings import SuiteName, SuiteSettings
+from terselm.evaluate.tool_output import KINDS, tool_outputs
 
 _GSM8K_ID = "openai/gsm8k"
 _GSM8K_INSTRUCTION = "Please reference the following examples to answer the math question,"
@@ -35,6 +38,8 @@ _NQ_INSTRUCTION = (
     "Write a high-quality answer for the given question using only the provided search results "
     "(some of which might be irrelevant)."
 )
+_TOOLS_INSTRUCTION = "Answer the question with the exact value that the output of the tool shows."
+_DIALOGUE_INSTRUCTION = "Answer the question with what was said in the conversation; of what was corrected, the latest."
 _SHAREGPT_ID = "anon8231489123/ShareGPT_Vicuna_unfiltered"
 _SPEAKERS = {"human": "User", "user": "User", "gpt": "Assistant", "assistant": "Assistant"}
 _ARXIV_ID = "liyucheng/arxiv-march-2023"
@@ -54,6 +59,8 @@ def load_suite(settings: SuiteSettings) -> Suite:
         SuiteName.NQ: _nq,
         SuiteName.SHAREGPT: _sharegpt,
         SuiteName.ARXIV: _arxiv,
+        SuiteName.TOOLS: _tools,
+        SuiteName.DIALOGUE: _dialogue,
         SuiteName.PROMPTS: _own_prompts,
     }
     return readers[settings.name](settings)
@@ -295,6 +302,68 @@ def _paragraphs(text: str) -> list[str]:
         else:
             joined.append(paragraph)
     return joined
+
+
+def _tools(settings: SuiteSettings) -> Suite:
+    """``settings.questions`` outputs of every kind, each with its question."""
+    if strangers := sorted(set(settings.tasks) - KINDS.keys()):
+        raise ConfigError(f"unknown kinds of tool output: {', '.join(strangers)}; there are {', '.join(KINDS)}")
+    lookups = tool_outputs(settings.questions, settings.seed, settings.tasks)
+    by_id = {f"{lookup.kind}/{number % settings.questions}": lookup for number, lookup in enumerate(lookups)}
+    items = [
+        Item(
+            id=name,
+            prompt=Prompt(
+                instruction=_TOOLS_INSTRUCTION, demonstrations=[lookup.text], question=_asked(lookup.question)
+            ),
+            gold=f" {lookup.answer}",
+            answers=(lookup.answer,),
+            group=name,
+        )
+        for name, lookup in by_id.items()
+    ]
+    return _lookup_suite("tools", items, lambda text, item: by_id[item.id].kept(text))
+
+
+def _dialogue(settings: SuiteSettings) -> Suite:
+    """``settings.questions`` conversations; every turn is a demonstration."""
+    by_id = {f"{number}": talk for number, talk in enumerate(conversations(settings.questions, settings.seed))}
+    items = [
+        Item(
+            id=name,
+            prompt=Prompt(
+                instruction=_DIALOGUE_INSTRUCTION,
+                demonstrations=[f"{_SPEAKERS[role]}: {text}" for role, text in talk.turns],
+                question=_asked(talk.question),
+            ),
+            gold=f" {talk.answer}",
+            answers=(talk.answer,),
+            group=name,
+        )
+        for name, talk in by_id.items()
+    ]
+    return _lookup_suite("dialogue", items, lambda text, item: by_id[item.id].kept(text))
+
+
+def _asked(question: str) -> str:
+    return f"Question: {question}\nAnswer:"
+
+
+def _lookup_suite(name: str, items: Sequence[Item], kept: Callable[[str, Item], bool]) -> Suite:
+    """A suite whose answers are strings of the prompt, which an answer has to hold as they stand there."""
+    return Suite(
+        name=name,
+        items=items,
+        right=lambda text, item: any(_detail(answer) in text for answer in item.answers),
+        kept=kept,
+        max_new_tokens=60,
+        stop=("\n\n",),
+    )
+
+
+def _detail(answer: str) -> str:
+    """What a target is asked for: of ``"port": 8080`` or ``+  LIMIT = 7`` the value."""
+    return re.split(r"[:=] ", answer)[-1]
 
 
 def _own_prompts(settings: SuiteSettings) -> Suite:
