@@ -5,13 +5,12 @@ Two ways lead to the same answers, up to rounding: `slots` for a GPU, and the pl
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from terselm.data.replies import Answer, Draws, Limits, Query, Reply, choose, encode, start_replies
+from terselm.data.replies import Answer, Draws, Limits, Query, Reply, cache_word, choose, encode, start_replies
 from terselm.models import CausalLM
 
 if TYPE_CHECKING:
@@ -79,8 +78,7 @@ def _loop(lm: CausalLM, queries: Sequence[Query], limits: Limits) -> Iterator[tu
 def _decode(lm: CausalLM, alive: list[Reply], limits: Limits) -> None:
     import torch
 
-    cache_word = _cache_word(lm.model)
-    cache = None
+    word, cache = cache_word(lm.model), None
     ids, mask = _left_pad([reply.prompt for reply in alive], lm)  # (B, P) each
     draws = Draws.of([reply.query for reply in alive], ids.device)
     sampled = any(reply.query.temperature > 0 for reply in alive)
@@ -92,9 +90,9 @@ def _decode(lm: CausalLM, alive: list[Reply], limits: Limits) -> None:
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
-            **{cache_word: cache},
+            **{word: cache},
         )
-        cache = out[cache_word]
+        cache = out[word]
         chosen = choose(out.logits[:, -1].float(), draws, limits, sampled=sampled)  # (B,)
         draws.steps.add_(1)
         for reply, token in zip(alive, chosen.tolist(), strict=True):
@@ -109,11 +107,6 @@ def _decode(lm: CausalLM, alive: list[Reply], limits: Limits) -> None:
             mask, chosen = mask[kept], chosen[kept]
         ids = chosen[:, None]
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-
-
-def _cache_word(model: object) -> str:
-    """What this model calls the keys and values of earlier tokens: transformers changed the word with 5.24."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # type: ignore[attr-defined]
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], lm: CausalLM) -> tuple[Tensor, Tensor]:
