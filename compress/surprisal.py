@@ -18,7 +18,8 @@ from terselm.compress.itpc import ScoreRequest
 from terselm.compress.units import Ints
 from terselm.errors import ModelError
 from terselm.models import CausalLM
-from terselm.models.reading import grain, in_halves
+from terselm.models.memory import in_halves
+from terselm.models.reading import grain
 
 Surprisals = NDArray[np.float32]
 
