@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from terselm.data.replies import Answer, Draws, Limits, Query, Reply, cache_word, choose, encode, start_replies
+from terselm.data.replies import Answer, Draws, Limits, Query, Reply, choose, encode, start_replies
 from terselm.models import CausalLM
 
 if TYPE_CHECKING:
@@ -78,7 +78,9 @@ def _loop(lm: CausalLM, queries: Sequence[Query], limits: Limits) -> Iterator[tu
 def _decode(lm: CausalLM, alive: list[Reply], limits: Limits) -> None:
     import torch
 
-    word, cache = cache_word(lm.model), None
+    from terselm.models.reading import cache_argument, cache_of
+
+    cache = None
     ids, mask = _left_pad([reply.prompt for reply in alive], lm)  # (B, P) each
     draws = Draws.of([reply.query for reply in alive], ids.device)
     sampled = any(reply.query.temperature > 0 for reply in alive)
@@ -90,9 +92,9 @@ def _decode(lm: CausalLM, alive: list[Reply], limits: Limits) -> None:
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
-            **{word: cache},
+            **cache_argument(lm.model, cache),
         )
-        cache = out[word]
+        cache = cache_of(out)
         chosen = choose(out.logits[:, -1].float(), draws, limits, sampled=sampled)  # (B,)
         draws.steps.add_(1)
         for reply, token in zip(alive, chosen.tolist(), strict=True):

@@ -7,7 +7,6 @@ in which rows are decoded, or on the device. In bfloat16 it can: sums are rounde
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -155,11 +154,6 @@ def _end_ids(lm: CausalLM) -> set[int]:
     """What ends an answer: a chat model names the end of a turn in its settings, besides the end of text."""
     ends: Any = lm.model.generation_config.eos_token_id
     return {lm.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-
-
-def cache_word(model: Any) -> str:
-    """What a model calls the keys and values of earlier tokens: transformers changed the word with 5.24."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 @dataclass(frozen=True, kw_only=True)

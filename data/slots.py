@@ -20,8 +20,10 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from terselm.data.replies import Answer, Draws, Limits, Query, Reply, cache_word, choose, start_replies
+from terselm.data.replies import Answer, Draws, Limits, Query, Reply, choose, start_replies
 from terselm.models import CausalLM
+from terselm.models.memory import free_bytes
+from terselm.models.reading import cache_argument, fast_attention
 
 ATTENTION = "terselm_slots"
 
@@ -84,7 +86,6 @@ class _Slots:
         self._limits = limits
         self._config = lm.model.config.get_text_config()
         self._device = lm.model.device
-        self._cache_word = cache_word(lm.model)
         self._sampled = any(reply.query.temperature > 0 for reply in replies.values())
         room = max(len(reply.prompt) for reply in replies.values()) + limits.max_new_tokens
         probe = self._prefill([[lm.start_id]])
@@ -157,23 +158,22 @@ class _Slots:
             ids[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
         cache = DynamicCache()  # of no config: layers with a window keep all, too
         # Padded on the right: no token sees what comes after it, so no mask is needed, and the fast kernels run.
-        self._model(
-            input_ids=ids.to(self._device),
-            position_ids=torch.arange(width, device=self._device)[None].expand(len(prompts), -1),
-            use_cache=True,
-            logits_to_keep=1,
-            **{self._cache_word: cache},
-        )
+        with fast_attention():
+            self._model(
+                input_ids=ids.to(self._device),
+                position_ids=torch.arange(width, device=self._device)[None].expand(len(prompts), -1),
+                use_cache=True,
+                logits_to_keep=1,
+                **cache_argument(self._model, cache),
+            )
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _affordable(self, probe: Sequence[tuple[Tensor, Tensor]], room: int, most: int) -> int:
         """How many slots the free memory holds."""
         if self._device.type != "cuda":
             return most
-        free, _ = torch.cuda.mem_get_info(self._device)
-        free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         one = sum(state.nbytes for layer in probe for state in layer) * room  # the probe is one token
-        return max(1, min(most, int(_SHARE * free) // one))
+        return max(1, min(most, int(_SHARE * free_bytes(self._device)) // one))
 
     @torch.inference_mode()
     def _advance(self) -> list[list[int]]:
@@ -226,7 +226,7 @@ class _Slots:
             attention_mask=self._masks(),
             use_cache=True,
             logits_to_keep=1,
-            **{self._cache_word: Cache(layers=list(self._layers))},
+            **cache_argument(self._model, Cache(layers=list(self._layers))),
         )
         chosen = choose(out.logits[:, -1].float(), self._draws, self._limits, sampled=self._sampled)
         self._history.index_copy_(0, self._tick, chosen[None])
