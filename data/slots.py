@@ -34,6 +34,7 @@ _STEPS = 8  # between two looks of the host
 _REFILL_AT = 1 / 8  # of the slots are empty
 _PREFILLED_TOGETHER = 1 << 14  # tokens, padding included
 _GRAIN = 128  # slots are read up to a multiple of it
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _UNKNOWN = ("s_aux", "position_bias")  # what some models add to attention, and we do not
 
 
@@ -88,11 +89,7 @@ class _Slots:
         self._device = lm.model.device
         self._sampled = any(reply.query.temperature > 0 for reply in replies.values())
         room = max(len(reply.prompt) for reply in replies.values()) + limits.max_new_tokens
-        probe = self._prefill([[lm.start_id]])
-        if len(probe) != self._config.num_hidden_layers or not all(
-            isinstance(state, Tensor) and state.dim() == 4 for layer in probe for state in layer
-        ):
-            raise UnsuitableModelError("its layers do not keep keys and values of every token")
+        probe = self._probe(lm.start_id)
         self.count = self._affordable(probe, room, most)
         self._place = _Place(torch.arange(self.count, device=self._device), room)
         self._layers = [_SlotLayer(*(state.new_zeros(self.count, state.shape[1], room, state.shape[3])
@@ -167,6 +164,20 @@ class _Slots:
                 **cache_argument(self._model, cache),
             )
         return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _probe(self, token: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of one token.
+
+        Raises:
+            UnsuitableModelError: a layer keeps something else.
+        """
+        types = set(getattr(self._config, "layer_types", None) or ())
+        if not getattr(self._model, "_is_stateful", False) and types <= _LAYER_TYPES:
+            probe = self._prefill([[token]])
+            states = [state for layer in probe for state in layer]
+            if len(probe) == self._config.num_hidden_layers and all(state.dim() == 4 for state in states):
+                return probe
+        raise UnsuitableModelError("its layers do not keep keys and values of every token")
 
     def _affordable(self, probe: Sequence[tuple[Tensor, Tensor]], room: int, most: int) -> int:
         """How many slots the free memory holds."""
