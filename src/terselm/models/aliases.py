@@ -121,7 +121,7 @@ ALIASES: dict[str, Alias] = {
             sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
             license="apache-2.0",
             base="Qwen/Qwen2.5-Coder-0.5B-Instruct",
-            continuation=" Paris. The capital of the United States",
+            continuation=" Paris",  # leads by 4 nats; what follows are near ties, which rounding turns
             reupload=True,
         ),
         Alias(
@@ -131,7 +131,7 @@ ALIASES: dict[str, Alias] = {
             sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
             license="apache-2.0",
             base="Qwen/Qwen2.5-Coder-1.5B-Instruct",
-            continuation=" Paris. Paris is the largest city in",
+            continuation=" Paris",
             reupload=True,
         ),
     )
