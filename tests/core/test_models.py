@@ -196,9 +196,7 @@ def test_damaged_weights_are_not_converted(monkeypatch: pytest.MonkeyPatch, tmp_
     assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == ["torn.lock"]
 
 
-def test_the_packages_of_an_alias_are_found_but_never_imported(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_packages_of_an_alias_are_found_but_never_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     parts = []
     for number, piece in enumerate((b"GG", b"UF")):
         data = tmp_path / f"someones_weights_{number}" / "data"

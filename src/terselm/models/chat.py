@@ -64,9 +64,7 @@ def chat_text(
     Raises:
         ModelError: there is no template; it refuses the messages; or it does not end.
     """
-    return str(
-        _apply(tokenizer, messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt)
-    )
+    return str(_apply(tokenizer, messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt))
 
 
 def chat_prompt(tokenizer: Any, messages: Messages, *, tools: Sequence[Any] | None = None) -> list[int]:
