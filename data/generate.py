@@ -78,6 +78,8 @@ def generate(lm: CausalLM, queries: Sequence[Query], limits: Limits) -> list[Ans
     """
     import torch
 
+    from terselm.models.reading import cache_argument, cache_of
+
     pieces: dict[int, str] = {}
     rows = [_Row(lm, query, limits, pieces) for query in queries]
     alive, cache = rows, None
@@ -89,14 +91,14 @@ def generate(lm: CausalLM, queries: Sequence[Query], limits: Limits) -> list[Ans
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **cache_argument(lm.model, cache),
             )
             chosen = _choose(out.logits[:, -1].float(), alive, limits)  # (B,)
             for row, token in zip(alive, chosen.tolist(), strict=True):
                 row.take(token)
-            cache = out.past_key_values
+            cache = cache_of(out)
             keep = [index for index, row in enumerate(alive) if row.finish_reason is None]
             if not keep:
                 return [row.answer() for row in rows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -52,6 +52,16 @@ def load_config(schema: type[C], path: Path | None = None, overrides: Sequence[s
         cause = error.__cause__ if isinstance(error.__cause__, ConfigError) else error
         key = getattr(error, "full_key", None)
         raise ConfigError(f"{key}: {_one_line(cause)}" if key and cause is error else _one_line(cause)) from None
+
+
+def refuse(faults: Iterable[str]) -> None:
+    """Raise one error that names all faults of some settings; nothing where there are none.
+
+    Raises:
+        ConfigError: there is a fault.
+    """
+    if named := list(faults):
+        raise ConfigError("; ".join(named))
 
 
 def dump_config(config: Any) -> str:

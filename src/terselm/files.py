@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Any, BinaryIO, Literal, TextIO, overload
+
+from terselm.errors import DataFormatError
 
 _PARTIAL = ".partial-"
 
 
-@contextmanager
-def atomic_file(path: Path) -> Iterator[TextIO]:
-    """Open a UTF-8 text file that appears under ``path`` only once it is complete and on disk.
+@overload
+def atomic_file(path: Path) -> AbstractContextManager[TextIO]: ...
+@overload
+def atomic_file(path: Path, *, binary: Literal[True]) -> AbstractContextManager[BinaryIO]: ...
+def atomic_file(path: Path, *, binary: bool = False) -> AbstractContextManager[IO[Any]]:
+    """Open a file that appears under ``path`` only once it is complete and on disk.
+
+    Args:
+        path: its final name; missing folders are made.
+        binary: take bytes instead of text, which is written as UTF-8 with LF at the ends of lines.
 
     Raises:
         OSError: the disk is full or the folder is not writable; ``path`` is then as it was.
     """
+    return _atomic_file(path, binary)
+
+
+@contextmanager
+def _atomic_file(path: Path, binary: bool) -> Iterator[IO[Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}{_PARTIAL}", dir=path.parent)
     partial = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+        with os.fdopen(handle, "wb") if binary else os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -80,6 +95,25 @@ def remove_partials(path: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        DataFormatError: it cannot be read, or is not JSON in UTF-8.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataFormatError(path, None, f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataFormatError(path, None, f"not UTF-8 (byte {error.start + 1})") from None
+    except json.JSONDecodeError as error:
+        message = f"broken JSON at character {error.colno}: {error.msg}"
+        raise DataFormatError(path, error.lineno, message) from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits; too deep
+        raise DataFormatError(path, None, f"broken JSON: {error}") from None
 
 
 def _sync(path: Path) -> None:

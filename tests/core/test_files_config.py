@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from terselm.config import dump_config, load_config
-from terselm.errors import ConfigError
+from terselm.config import dump_config, load_config, refuse
+from terselm.errors import ConfigError, DataFormatError
 from terselm.evaluate.settings import EvaluateSettings, SuiteName, SuiteSettings
-from terselm.files import atomic_file, atomic_folder, remove_partials
+from terselm.files import atomic_file, atomic_folder, read_json, remove_partials
 
 
 def run_writer(code: str, path: Path) -> subprocess.Popen[str]:
@@ -155,6 +155,46 @@ def test_file_is_replaced_and_readable_as_the_umask_says(tmp_path: Path) -> None
     plain = tmp_path / "plain"
     plain.write_text("")
     assert path.stat().st_mode == plain.stat().st_mode
+
+
+def test_a_file_of_bytes_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "out.bin"
+    with atomic_file(path, binary=True) as file:
+        file.write(b"old")
+    with pytest.raises(KeyError), atomic_file(path, binary=True) as file:
+        file.write(b"new")
+        raise KeyError
+    assert path.read_bytes() == b"old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1,\n "b" 2}', "a.json:2: broken JSON at character 6: "),
+        (b'"\xff"', "a.json: not UTF-8 (byte 2)"),
+        (b"[" * 100_000, "a.json: broken JSON: "),
+        (None, "a.json: cannot be read: No such file or directory"),
+    ],
+)
+def test_json_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataFormatError) as caught:
+        read_json(path)
+    assert message in str(caught.value)
+
+
+def test_json_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": ["\xc3\xa9"]}')
+    assert read_json(tmp_path / "a.json") == {"a": ["é"]}
+
+
+def test_all_faults_are_refused_together() -> None:
+    refuse([])
+    with pytest.raises(ConfigError, match=r"^a is 1; b is 2$"):
+        refuse(f"{name} is {value}" for name, value in (("a", 1), ("b", 2)))
 
 
 class Colour(StrEnum):

@@ -10,12 +10,11 @@ import pytest
 import torch
 from fakes import bigram_lm, random_lm
 
-from terselm.data import score as data_score
 from terselm.data.logprobs import ScoredText
 from terselm.data.score import score_texts
 from terselm.data.texts import PlainText
 from terselm.errors import ModelError
-from terselm.models import CausalLM, reading
+from terselm.models import CausalLM, scoring
 
 TEXTS = ["The cat sat on the mat.", "", "我们今天 naïve 👍 café", "Question: 12 - 5 = 7. " * 9, "a"]
 
@@ -37,7 +36,7 @@ def one_by_one(lm: CausalLM, ids: list[int]) -> list[float]:
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
 def test_scores_are_those_of_one_token_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = random_lm(kind)
-    monkeypatch.setitem(data_score._TOKENS_AT_ONCE, "cpu", 100)  # several passes
+    monkeypatch.setitem(scoring._TOKENS_AT_ONCE, "cpu", 100)  # several passes
     scored = score(lm, TEXTS, top_k=3)
     assert len(scored) == len(TEXTS)
     for number, text in enumerate(TEXTS):
@@ -94,8 +93,9 @@ def test_a_pass_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> 
         rows.append(len(ids))
         return last_states(model, ids)
 
-    last_states = reading.last_states
-    monkeypatch.setattr(reading, "last_states", scarce)
+    monkeypatch.setitem(scoring._FREE_PADDING, "cpu", 1 << 10)  # all texts in one pass
+    last_states = scoring.last_states
+    monkeypatch.setattr(scoring, "last_states", scarce)
     most = 2
     found = score(lm, TEXTS, top_k=2)
     assert max(rows) == 2

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cache
+from inspect import signature
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +25,6 @@ _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multip
 """Names in model configurations; some models multiply by the value, others divide."""
 _PROBE = 16  # tokens
 _STRIDE = 7919  # a prime
-
-Item = TypeVar("Item")
-Answer = TypeVar("Answer")
 
 
 def last_states(model: Any, ids: Tensor) -> Tensor:
@@ -54,26 +53,22 @@ def states_before(model: Any, rows: Sequence[Sequence[int]], skips: Sequence[int
     return states.flatten(0, 1)[places], torch.from_numpy(ids[counted]).to(model.device)
 
 
-def in_halves(
-    read: Callable[[Sequence[Item]], list[Answer]],
-    items: Sequence[Item],
-    too_large: Callable[[Item], Exception],
-    give_back: Callable[[], None] = torch.cuda.empty_cache,
-) -> list[Answer]:
-    """``read(items)``; where the memory is too small for all, half of them, then the other half.
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """The argument of a pass that hands over keys and values, by the name that this model takes.
 
-    Args:
-        too_large: what to raise where it is too small for one.
-        give_back: called after the memory was exhausted.
+    transformers 5.24 renamed ``past_key_values`` to ``cache``; versions before know only the old name.
     """
-    try:
-        return read(items)
-    except torch.OutOfMemoryError:
-        if len(items) == 1:
-            raise too_large(items[0]) from None
-    give_back()  # here, where the exception no longer holds the frames
-    half = len(items) // 2
-    return [item for part in (items[:half], items[half:]) for item in in_halves(read, part, too_large, give_back)]
+    return {_cache_name(type(model)): cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The keys and values that a pass has given back."""
+    return output.cache if hasattr(output, "cache") else output.past_key_values
+
+
+@cache
+def _cache_name(kind: type) -> str:
+    return "past_key_values" if "past_key_values" in signature(kind.forward).parameters else "cache"
 
 
 @contextmanager
