@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -90,15 +91,24 @@ class PromptCompressor:
         prompt = Prompt(instruction=instruction, demonstrations=demonstrations, question=question, pinned=pinned)
         return self.compress_batch([prompt], **wishes)[0]
 
-    def compress_text(self, text: str, **wishes: Unpack[Wishes]) -> CompressionResult:
-        """Compress a text that has no parts: it is treated as one demonstration. See `Wishes`."""
-        return self.compress(demonstrations=[text], **wishes)
+    def compress_text(self, text: str, *, question: str = "", **wishes: Unpack[Wishes]) -> CompressionResult:
+        """Compress a text that has no parts: it is treated as one demonstration. See `Wishes`.
 
-    def compress_messages(self, messages: Sequence[Mapping[str, Any]], **wishes: Unpack[Wishes]) -> ChatResult:
+        Args:
+            question: what will be asked about it, so that the answer stays; it is not in the compressed text.
+        """
+        return self.compress_batch([Prompt(demonstrations=[text], ranked_for=question)], **wishes)[0]
+
+    def compress_messages(
+        self, messages: Sequence[Mapping[str, Any]], *, question: str = "", **wishes: Unpack[Wishes]
+    ) -> ChatResult:
         """Compress chat messages in OpenAI's form; roles, names, tool calls and attachments stay as they are.
 
         The system's first message is the instruction, the user's last one the question, each turn between them a
         demonstration. See `Wishes` and `compress_batch`; the budget is for all texts together.
+
+        Args:
+            question: what turns are ranked for where that is not the user's last text.
         """
         from terselm.compress.messages import compress_chat
 
@@ -109,7 +119,9 @@ class PromptCompressor:
             messages,
             length,
             count=counter or self._pipeline.count,
-            compress=lambda prompt, budget: self.compress_batch([prompt], budget=budget, **wishes)[0],
+            compress=lambda prompt, budget: self.compress_batch(
+                [replace(prompt, ranked_for=question)], budget=budget, **wishes
+            )[0],
             layout_of=lambda prompt: self._pipeline.layouts.make([prompt], compile_keep(wishes.get("keep", ())))[0],
         )
 

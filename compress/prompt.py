@@ -36,7 +36,8 @@ class Prompt:
     """An instruction, demonstrations (or retrieved documents), and a question; each may be absent.
 
     Attributes:
-        pinned: numbers, from 0, of demonstrations that take part ahead of all others, whatever their perplexity.
+        pinned: numbers, from 0, of demonstrations that take part ahead of all others, whatever their rank.
+        ranked_for: what the demonstrations are ranked for where that is not the question; it is no part of the text.
 
     Raises:
         PromptError: a text is not a string, or not valid Unicode; a pinned demonstration that there is not.
@@ -46,6 +47,7 @@ class Prompt:
     demonstrations: Sequence[str] = ()
     question: str = ""
     pinned: Sequence[int] = ()
+    ranked_for: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.demonstrations, str):
@@ -61,6 +63,11 @@ class Prompt:
             except UnicodeEncodeError as error:
                 raise PromptError(f"{name} holds half a surrogate pair at character {error.start}") from None
         self._check_pinned()
+
+    @property
+    def asks(self) -> str:
+        """What the demonstrations are ranked for."""
+        return self.ranked_for or self.question
 
     def pieces(self) -> list[Piece]:
         """What is not empty, in the order instruction, demonstrations, question."""
@@ -83,10 +90,10 @@ class Prompt:
 
     def _named(self) -> list[tuple[str, str]]:
         named = [(f"demonstrations[{i}]", text) for i, text in enumerate(self.demonstrations)]
-        return [("instruction", self.instruction), *named, ("question", self.question)]
+        return [("instruction", self.instruction), *named, ("question", self.question), ("ranked_for", self.ranked_for)]
 
 
-PROMPT_KEYS = tuple(field.name for field in fields(Prompt))
+PROMPT_KEYS = tuple(field.name for field in fields(Prompt) if field.name != "ranked_for")
 """The keys of a prompt that is written as a JSON object."""
 
 

@@ -38,6 +38,7 @@ class SurprisalEngine:
         self.lm = lm
         self.start_id = lm.start_id
         self.window = lm.window
+        self.device = self._forward.device
 
     def score_texts(self, texts: Sequence[Ints]) -> list[Floats32]:
         """Surprisals of texts that each stand alone, after BOS.
@@ -50,14 +51,29 @@ class SurprisalEngine:
         Returns:
             one ``(T_i,)`` float32 array a text, nats.
         """
+        return self._score(texts, [0] * len(texts), Window.PIECES)
+
+    def score_after(self, pairs: Sequence[tuple[Ints, Ints]]) -> list[Floats32]:
+        """Surprisals of texts that each follow another one, which follows BOS.
+
+        Args:
+            pairs: token ids of what stands before, ``(P_i,)``, and of the text, ``(T_i,)``; both fit into the window.
+
+        Returns:
+            one ``(T_i,)`` float32 array a pair, nats.
+        """
+        rows = [np.concatenate(pair) for pair in pairs]
+        return self._score(rows, [len(before) for before, _ in pairs], Window.OVERLAP)
+
+    def _score(self, rows: Sequence[Ints], skips: Sequence[int], window: Window) -> list[Floats32]:
         scorer = RowScorer(
             self.lm,
             head=self._forward.head,
             states_of=self._graphs.texts if self._graphs is not None else None,
             give_back=self.give_back_memory,
         )
-        scores = dict(scorer.score(texts, window=Window.PIECES))
-        return [scores[number].nats for number in range(len(texts))]
+        scores = dict(scorer.score(rows, skips=skips, window=window))
+        return [scores[number].nats for number in range(len(rows))]
 
     def rows_at_once(self, longest: int) -> int:
         """How many prompts, none of which reads more than ``longest`` tokens, advance together in the free memory."""

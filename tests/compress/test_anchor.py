@@ -9,7 +9,7 @@ import pytest
 from fakes import random_lm
 
 from terselm import CompressionSettings, Prompt, PromptCompressor
-from terselm.compress.anchor import anchor_for
+from terselm.compress.modes import anchor_for
 from terselm.compress.settings import EXAMPLES_ANCHOR
 from terselm.compress.units import cut_units, merge_lines, merge_sentences
 from terselm.errors import ConfigError

@@ -1,0 +1,158 @@
+"""What a sentence or line belongs to: its heading, the key it stands under, the head of its table or hunk.
+
+A line of nested data says little by itself. So it is ranked as it reads after the lines that it belongs to, and is not
+kept without them (docs/algorithm.md, §5). Plain rules on indentation and first characters; no parser, so that broken
+or cut off output is read as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from terselm.compress.settings import UnitKind
+
+_PROSE_LINE = re.compile(r"[^\W\d_]{2,}(?:[ ,;:'’\"”)(–—-]+[^\W\d_]+){5,}")  # six words in a row
+_MARKUP = re.compile(r"^\s*(?:[\[{}\])<|@+]|[\w.\"'-]+\s*[:=]\s|\d[\d:.T/-]{3,}|at\s|File\s\")|[{};,|\\>]\s*$|\s{3,}\S")
+_TITLE = re.compile(r"^\s*(?:[A-Z][a-z]+ )?\[?\d*\]?\s*\(\s*[Tt]itle:\s*([^\n]{1,200}?)\)\s")
+_HEADING = re.compile(r"^\s*(#{1,6})\s+\S")
+_TABLE_ROW = re.compile(r"^\s*\|")
+_HUNK = re.compile(r"^@@ ")
+_DIFF_FILE = re.compile(r"^(?:diff --git |\+\+\+ )")
+_IN_HUNK = re.compile(r"^[ +\-\\]")
+_BRACKETS = re.compile(r"^[\s\[\]{}(),]*$")
+_HEADING_WORDS = 12
+
+
+@dataclass(frozen=True)
+class InContext:
+    """One unit with what it belongs to.
+
+    Attributes:
+        text: to be ranked: the unit after the lines that it belongs to.
+        parent: the number of the unit that it is not kept without, an earlier one; None for none.
+    """
+
+    text: str
+    parent: int | None
+
+
+def unit_kind(text: str) -> UnitKind:
+    """`UnitKind.LINE` for text most of whose lines are data, code or log entries; else `UnitKind.SENTENCE`."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    marked = sum(bool(_MARKUP.search(line)) or not _PROSE_LINE.search(line) for line in lines)
+    return UnitKind.LINE if len(lines) > 2 and 2 * marked > len(lines) else UnitKind.SENTENCE
+
+
+def in_context(text: str, units: Sequence[str]) -> list[InContext]:
+    """Each unit with what it belongs to.
+
+    Args:
+        text: a demonstration.
+        units: the sentences or lines that it consists of, in order.
+    """
+    title = _TITLE.match(text)
+    shown_title = f"({title[1].strip()})" if title else ""
+    parents = _parents(units, prose=unit_kind(text) is UnitKind.SENTENCE)
+    seen: list[InContext] = []
+    for number, (unit, parent) in enumerate(zip(units, parents, strict=True)):
+        above = _above(number, parents, units)
+        opening = [shown_title] if shown_title and number else []
+        seen.append(InContext(text=" ".join([*opening, *above, unit.strip()]), parent=parent))
+    return seen
+
+
+def _above(number: int, parents: Sequence[int | None], units: Sequence[str]) -> list[str]:
+    """What the unit's ancestors say, the outermost first; brackets alone say nothing."""
+    texts: list[str] = []
+    parent = parents[number]
+    while parent is not None:
+        if not _BRACKETS.match(units[parent]):
+            texts.append(units[parent].strip().rstrip("{[(,").rstrip())
+        parent = parents[parent]
+    return texts[::-1]
+
+
+def _parents(units: Sequence[str], *, prose: bool) -> list[int | None]:
+    """The unit that each belongs to."""
+    parents = _by_indentation(units)
+    for rule in (_of_tables, _of_headings if prose else _of_diff):
+        parents = [own if other is None else other for own, other in zip(parents, rule(units), strict=True)]
+    return parents
+
+
+def _by_indentation(units: Sequence[str]) -> list[int | None]:
+    """The last unit before that is indented less; of members of a nameless object, the first of them."""
+    parents: list[int | None] = []
+    open_units: list[tuple[int, int]] = []  # (indentation, number), each deeper than the one before
+    first_member: dict[int, int] = {}
+    starts_line = True
+    for number, unit in enumerate(units):
+        if not unit.strip() or not starts_line:  # a later sentence of a line belongs where that line does
+            parents.append(parents[-1] if parents else None)
+        else:
+            body = unit.lstrip("\n")
+            indent = len(body) - len(body.lstrip())
+            while open_units and open_units[-1][0] >= indent:
+                open_units.pop()
+            parent = open_units[-1][1] if open_units else None
+            open_units.append((indent, number))
+            if parent is not None and parents[parent] is not None and _BRACKETS.match(units[parent]):
+                label = parent if _BRACKETS.match(unit) else first_member.setdefault(parent, number)
+                parent = parent if label == number else label
+            parents.append(parent)
+        starts_line = unit.endswith("\n")
+    return parents
+
+
+def _of_diff(units: Sequence[str]) -> list[int | None]:
+    """Lines of a hunk belong to its head, and that to its file."""
+    file = hunk = None
+    parents: list[int | None] = []
+    for number, unit in enumerate(units):
+        if _DIFF_FILE.match(unit):
+            parents.append(None)
+            file, hunk = number, None
+        elif _HUNK.match(unit):
+            parents.append(file)
+            hunk = number
+        else:
+            parents.append(hunk if _IN_HUNK.match(unit) else None)
+    return parents
+
+
+def _of_tables(units: Sequence[str]) -> list[int | None]:
+    """Rows of a Markdown table belong to its head."""
+    head = None
+    parents: list[int | None] = []
+    for number, unit in enumerate(units):
+        if not _TABLE_ROW.match(unit):
+            head = None
+        parents.append(head)
+        if head is None and _TABLE_ROW.match(unit):
+            head = number
+    return parents
+
+
+def _of_headings(units: Sequence[str]) -> list[int | None]:
+    """What follows a Markdown heading, or a short first line without an end, belongs to it."""
+    levels: list[tuple[int, int]] = []  # (level, number)
+    opens_with_heading = len(units) > 1 and _is_heading_line(units[0])
+    parents: list[int | None] = []
+    for number, unit in enumerate(units):
+        heading = _HEADING.match(unit)
+        level = len(heading[1]) if heading else 0 if opens_with_heading and not number else 7
+        while levels and levels[-1][0] >= level:
+            levels.pop()
+        parents.append(levels[-1][1] if levels else None)
+        if level < 7:
+            levels.append((level, number))
+    return parents
+
+
+def _is_heading_line(unit: str) -> bool:
+    text = unit.strip()
+    ends = text.endswith((".", "!", "?", ";", ",", "。", "{", "[", "(", "}", "]", "|", ">"))
+    plain = text[:1].isalpha() and not _MARKUP.search(text.removeprefix("Title: "))
+    return unit.endswith("\n") and plain and not ends and len(text.split()) <= _HEADING_WORDS
