@@ -32,10 +32,12 @@ class InContext:
     Attributes:
         text: to be ranked: the unit after the lines that it belongs to.
         parent: the number of the unit that it is not kept without, an earlier one; None for none.
+        says_something: it is more than brackets and white space.
     """
 
     text: str
     parent: int | None
+    says_something: bool = True
 
 
 def unit_kind(text: str) -> UnitKind:
@@ -59,7 +61,8 @@ def in_context(text: str, units: Sequence[str]) -> list[InContext]:
     for number, (unit, parent) in enumerate(zip(units, parents, strict=True)):
         above = _above(number, parents, units)
         opening = [shown_title] if shown_title and number else []
-        seen.append(InContext(text=" ".join([*opening, *above, unit.strip()]), parent=parent))
+        text_in_context = " ".join([*opening, *above, unit.strip()])
+        seen.append(InContext(text_in_context, parent, says_something=not _BRACKETS.match(unit)))
     return seen
 
 

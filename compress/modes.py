@@ -42,6 +42,8 @@ def settings_for(prompt: Prompt, settings: CompressionSettings) -> CompressionSe
     if anchor is None:  # with ablations there would be nothing to take parts from
         surprisal = rank_by is RankBy.SURPRISAL and settings.ablations == Ablations()
         anchor = anchor_for(prompt) if surprisal else 0.0
+    if rank_by is RankBy.SURPRISAL:
+        settings = _without_question(settings)
     return replace(settings, rank_by=rank_by, unit=unit, anchor=anchor)
 
 
@@ -61,7 +63,7 @@ def otherwise(
     if settings.anchor == EXAMPLES_ANCHOR and not controller.holds_whole_demonstration:
         return replace(settings, unit=UnitKind.LINE, anchor=0.0)
     if settings.unit is UnitKind.AUTO and not controller.fits_any():
-        return replace(settings, rank_by=RankBy.SURPRISAL, unit=UnitKind.TOKEN)
+        return replace(_without_question(settings), unit=UnitKind.TOKEN)
     return None
 
 
@@ -80,6 +82,10 @@ def anchor_for(prompt: Prompt) -> float:
     opening, *others = (text.split(maxsplit=1)[:1] for text in texts)
     labelled = bool(opening) and not opening[0].isalpha()
     return EXAMPLES_ANCHOR if labelled and len(others) > 1 and all(other == opening for other in others) else 0.0
+
+
+def _without_question(settings: CompressionSettings) -> CompressionSettings:
+    return replace(settings, rank_by=RankBy.SURPRISAL, ranker=None, contrast=False, rank_delta=0.0)
 
 
 def _rank_by(prompt: Prompt, settings: CompressionSettings) -> RankBy:

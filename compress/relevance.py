@@ -63,7 +63,8 @@ class Relevance:
     ) -> list[UnitScores]:
         """Sentences or lines, as they read after what they belong to, together with their demonstrations.
 
-        The score is the standardised score of the unit plus the standardised score of its demonstration.
+        The score is the standardised score of the unit plus the standardised score of its demonstration. Units of
+        nothing but brackets and white space have none.
 
         Args:
             asked: question, layout, numbers of the pieces whose units are scored, scores of demonstrations by number.
@@ -133,7 +134,7 @@ def scores_units(settings: CompressionSettings) -> bool:
 
 
 def _shown(layout: Layout, pieces: Sequence[int]) -> tuple[Ints, list[str], Ints]:
-    """The units of some pieces that hold text, how each reads, and ``(n_units,)`` what each belongs to."""
+    """The units of some pieces that say something, how each reads, and ``(n_units,)`` what each belongs to."""
     parents = np.full(len(layout), -1, dtype=np.int64)
     units: list[int] = []
     texts: list[str] = []
@@ -142,8 +143,9 @@ def _shown(layout: Layout, pieces: Sequence[int]) -> tuple[Ints, list[str], Ints
         text = layout.pieces[n].text
         cut = [text[a:b] for a, b in zip(layout.starts[first:end], layout.ends[first:end], strict=True)]
         for offset, seen in enumerate(in_context(text, cut)):
-            units.append(first + offset)
-            texts.append(seen.text)
+            if seen.says_something:
+                units.append(first + offset)
+                texts.append(seen.text)
             if seen.parent is not None:
                 parents[first + offset] = first + seen.parent
     return np.array(units, dtype=np.int64), texts, parents

@@ -24,7 +24,7 @@ class RankedSelection:
 
     Args:
         parts, budgets: see `Plan`.
-        scores: ``(n_units,)``, the higher the better; NaN for units that do not take part.
+        scores: ``(n_units,)``, the higher the better; units with NaN are kept only where others belong to them.
         parents: ``(n_units,)``, an earlier unit that each is not kept without, −1 for none.
         quotas: tokens for each demonstration, by number of its piece, instead of one budget for all.
         others: Stage 2 of the other parts, finished; None where they are kept whole.
@@ -54,7 +54,8 @@ class RankedSelection:
         self._layout = layout
         self._parents = parents
         free = units[~layout.protected[units]]
-        best = free[np.argsort(-scores[free], kind="stable")]
+        scored = free[~np.isnan(scores[free])]
+        best = scored[np.argsort(-scores[scored], kind="stable")]
         if quotas is None:
             self._take(best, budgets[_DEMONSTRATIONS])
         else:
@@ -86,11 +87,12 @@ class RankedSelection:
         for unit in free[::-1].tolist():  # those that belong to others stand after these
             parent = int(self._parents[unit])
             if parent >= 0 and self.kept[unit]:
-                value[parent] = max(value[parent], value[unit])
-        chosen = free[self.kept[free]]
-        if len(free):
-            threshold = value[chosen].min() if len(chosen) else value[free].max()
-            self.margin[free] = value[free] - threshold
+                value[parent] = np.fmax(value[parent], value[unit])
+        rated = free[~np.isnan(value[free])]
+        chosen = rated[self.kept[rated]]
+        if len(rated):
+            threshold = value[chosen].min() if len(chosen) else value[rated].max()
+            self.margin[rated] = value[rated] - threshold
 
 
 def standardised(values: Floats) -> Floats:

@@ -173,8 +173,9 @@ class CompressionSettings:
             yield "rank_by is reranker, but no ranker is named; give the folder or hub id of a cross-encoder"
         if self.contrast and self.unit not in (UnitKind.AUTO, UnitKind.TOKEN, UnitKind.WORD):
             yield f"contrast scores tokens or words, but unit is {self.unit}; choose unit token or word"
-        if self.contrast and self.rank_by is RankBy.SURPRISAL:
-            yield "contrast needs the question, but rank_by is surprisal; choose rank_by question"
+        if (self.contrast or self.rank_delta) and self.rank_by is RankBy.SURPRISAL:
+            name = "contrast" if self.contrast else "rank_delta"
+            yield f"{name} needs the question, but rank_by is surprisal; choose rank_by question"
         if self.rank_by not in (RankBy.AUTO, RankBy.SURPRISAL) and self.ablations != Ablations():
             yield f"ablations take parts out of ranking by surprisal, but rank_by is {self.rank_by}; choose surprisal"
 
