@@ -12,10 +12,11 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from terselm.compress.layout import Ints, Layout, Mask
+from terselm.compress.layout import Layout, Mask
 from terselm.compress.prompt import Part, Prompt
 from terselm.compress.settings import (
     PAPER_INSTRUCTION_RATE,
@@ -26,6 +27,9 @@ from terselm.compress.settings import (
     Selection,
     UnitKind,
 )
+
+if TYPE_CHECKING:
+    from terselm.statistics import Ints
 
 _FINE = 1_000_000  # weights are whole numbers, so that budgets divide exactly
 Perplexities = Mapping[int, float]
@@ -69,9 +73,7 @@ def _keep_whole(
     return controller(layout.protected)
 
 
-def _keep_anchor(
-    layout: Layout, pieces: Sequence[int], room: int, protected: Mask, over: Callable[[str], int]
-) -> Mask:
+def _keep_anchor(layout: Layout, pieces: Sequence[int], room: int, protected: Mask, over: Callable[[str], int]) -> Mask:
     """Protect demonstrations that cost at most ``room``, separators included, and of one that does not fit its end.
 
     Args:
@@ -267,10 +269,7 @@ class BudgetController:
     def _plan(self, perplexities: Perplexities) -> Plan:
         selected = self._select(perplexities)
         room = self._room(selected)
-        if selected or room >= self._need:
-            budgets = self._share(selected, room)
-        else:
-            budgets = self._scale_down(room)
+        budgets = self._share(selected, room) if selected or room >= self._need else self._scale_down(room)
         pieces = [self._demonstrations[i] for i in sorted(selected)]
         layout = replace(self._layout, protected=self.protected)
         demonstrations = layout.units_of(self._demonstrations)

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from terselm.compress.counter import Count, resolve_counter
-from terselm.compress.engine.forward import require_attention
 from terselm.compress.engine.reader import ScoreReader
-from terselm.compress.engine.surprisal import SurprisalEngine
+from terselm.compress.engine.surprisal import SurprisalEngine, require_attention
 from terselm.compress.length import Length, lengths_of
 from terselm.compress.pipeline import Pipeline
 from terselm.compress.prompt import Keep, Prompt, compile_keep

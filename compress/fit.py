@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from terselm.compress.counter import Count, count_all
-from terselm.compress.layout import Floats, Ints, Layout, Mask
+from terselm.compress.layout import Layout, Mask
 from terselm.errors import BudgetError
+
+if TYPE_CHECKING:
+    from terselm.statistics import Floats, Ints
 
 
 class BudgetFit:

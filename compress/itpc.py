@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from terselm.compress.layout import Floats, Floats32, Ints, Layout, Mask
+from terselm.compress.layout import Floats32, Layout, Mask
 from terselm.errors import ContextLengthError
+
+if TYPE_CHECKING:
+    from terselm.statistics import Floats, Ints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +49,8 @@ class IterativeCompression:
     """Stage 2 of one prompt.
 
     After each `request`, hand the surprisals of its segment to `receive`; when `request` gives None, `kept`,
-    `margin`, `segment_of` and `surprisal` (all ``(n_units,)``) are final, as are `tokens_read`, the tokens that the model
-    has read, and `tokens_cached`, those whose surprisals came from elsewhere.
+    `margin`, `segment_of` and `surprisal` (all ``(n_units,)``) are final, as are `tokens_read`, the tokens that the
+    model has read, and `tokens_cached`, those whose surprisals came from elsewhere.
 
     Args:
         parts: the units that take part, by part (instruction, demonstrations, question), in source order.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,9 @@ from terselm.compress.prompt import Part, Piece, Prompt, protected_spans
 from terselm.compress.settings import CompressionSettings, UnitKind
 from terselm.errors import PromptError
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+if TYPE_CHECKING:
+    from terselm.statistics import Ints
+
 Floats32 = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 

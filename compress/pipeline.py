@@ -15,7 +15,7 @@ from terselm.compress.budget import BudgetController, Plan, allocate, quotas_of,
 from terselm.compress.counter import Count, TokenizerCounter, count_all
 from terselm.compress.fit import BudgetFit, fit_all, smallest_budget
 from terselm.compress.itpc import IterativeCompression
-from terselm.compress.layout import Floats, Floats32, Ints, Layout, LayoutMaker
+from terselm.compress.layout import Floats32, Layout, LayoutMaker
 from terselm.compress.length import Length
 from terselm.compress.modes import otherwise, settings_for
 from terselm.compress.prompt import Part, Prompt
@@ -28,6 +28,7 @@ from terselm.models import CausalLM
 
 if TYPE_CHECKING:
     from terselm.compress.engine.reader import ScoreReader
+    from terselm.statistics import Floats, Ints
 
 StageTwo = IterativeCompression | RankedSelection
 _CODE = {reason: code for code, reason in enumerate(Reason)}

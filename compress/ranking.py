@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from terselm.compress.layout import Floats, Floats32, Ints
+from terselm.compress.layout import Floats32
 from terselm.compress.settings import RankBy
 from terselm.errors import ConfigError, ContextLengthError, ModelError
 from terselm.extras import first_line, need
+from terselm.statistics import Floats, Ints
 
 if TYPE_CHECKING:
     from terselm.compress.engine.reader import ScoreReader

@@ -10,11 +10,12 @@ import numpy as np
 
 from terselm.compress.context import in_context
 from terselm.compress.engine.reader import ScoreReader
-from terselm.compress.layout import Floats, Ints, Layout
+from terselm.compress.layout import Layout
 from terselm.compress.prompt import Part
 from terselm.compress.ranking import Ranker, Ranking, make_ranker
 from terselm.compress.selection import standardised
 from terselm.compress.settings import CompressionSettings, RankBy, UnitKind
+from terselm.statistics import Floats, Ints
 
 
 @dataclass(frozen=True, kw_only=True)

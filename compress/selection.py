@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from terselm.compress.itpc import IterativeCompression
-from terselm.compress.layout import Floats, Ints, Layout, Mask
+from terselm.compress.layout import Layout, Mask
 from terselm.compress.prompt import Part
+from terselm.statistics import Floats, Ints
 
 _DEMONSTRATIONS = list(Part).index(Part.DEMONSTRATION)
 

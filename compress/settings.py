@@ -9,7 +9,6 @@ from enum import StrEnum
 from typing import Any
 
 from terselm.config import refuse
-from terselm.errors import ConfigError
 
 PAPER_INSTRUCTION_RATE, PAPER_QUESTION_RATE = 0.85, 0.9
 EXAMPLES_ANCHOR = 1.0  # see docs/results.md
@@ -86,7 +85,7 @@ class Ablations:
     next_token: bool = False
 
     def __post_init__(self) -> None:
-        _to_enum(self, "selection", Selection)
+        refuse(_to_enum(self, "selection", Selection))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +123,7 @@ class CompressionSettings:
         ablations: parts of the algorithm taken out.
 
     Raises:
-        ConfigError: a value out of its range.
+        ConfigError: values out of their range; all of them are named.
 
     Source: §4 of arXiv:2310.05736, whose own are `paper_settings`.
     """
@@ -146,23 +145,24 @@ class CompressionSettings:
     ablations: Ablations = field(default_factory=Ablations)
 
     def __post_init__(self) -> None:
+        kinds = {"unit": UnitKind, "order": Order, "anchor_by": AnchorOrder, "rank_by": RankBy}
+        unknown = [fault for name, kind in kinds.items() for fault in _to_enum(self, name, kind)]
+        refuse([*self._out_of_range(), *unknown])
+
+    def _out_of_range(self) -> Iterator[str]:
         if not (math.isfinite(self.k) and self.k > 0):
-            raise ConfigError(f"k is {self.k}; expected a number above 0")
+            yield f"k is {self.k}; expected a number above 0"
         for name in ("instruction_rate", "question_rate"):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate <= 1:
-                raise ConfigError(f"{name} is {rate}; expected a fraction in (0, 1]")
+                yield f"{name} is {rate}; expected a fraction in (0, 1]"
         if self.anchor is not None and not 0 <= self.anchor <= 1:
-            raise ConfigError(f"anchor is {self.anchor}; expected a share in [0, 1]")
+            yield f"anchor is {self.anchor}; expected a share in [0, 1]"
         if self.segment_size < 1:
-            raise ConfigError(f"segment_size is {self.segment_size}; expected at least 1 token")
+            yield f"segment_size is {self.segment_size}; expected at least 1 token"
         if self.cache_bytes < 0:
-            raise ConfigError(f"cache_bytes is {self.cache_bytes}; expected a number of bytes, 0 for no cache")
-        _to_enum(self, "unit", UnitKind)
-        _to_enum(self, "order", Order)
-        _to_enum(self, "anchor_by", AnchorOrder)
-        _to_enum(self, "rank_by", RankBy)
-        refuse(self._ranking_faults())
+            yield f"cache_bytes is {self.cache_bytes}; expected a number of bytes, 0 for no cache"
+        yield from self._ranking_faults()
 
     def _ranking_faults(self) -> Iterator[str]:
         if not 0 <= self.rank_delta <= 1:
@@ -186,10 +186,10 @@ def paper_settings(**changes: Any) -> CompressionSettings:
     return replace(paper, **changes)
 
 
-def _to_enum(config: object, name: str, kind: type[StrEnum]) -> None:
-    """Turn a plain string in a frozen dataclass into its enum."""
-    value = getattr(config, name)
+def _to_enum(settings: object, name: str, kind: type[StrEnum]) -> Iterator[str]:
+    """Turn a plain string in a frozen dataclass into its enum; yield what is wrong with it, if anything."""
+    value = getattr(settings, name)
     try:
-        object.__setattr__(config, name, kind(value))
+        object.__setattr__(settings, name, kind(value))
     except ValueError:
-        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(kind)}") from None
+        yield f"{name} is {value!r}; expected one of {', '.join(kind)}"

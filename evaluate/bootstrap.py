@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from terselm.compress.intervals import RESAMPLES, percentile_interval
+from terselm.statistics import RESAMPLES, percentile_interval
 
 Floats = NDArray[np.float64]
 _AT_ONCE = 1 << 24  # counts in memory

@@ -9,8 +9,8 @@ import numpy as np
 
 from terselm.compress.compressor import PromptCompressor
 from terselm.compress.counter import Count, plain_backend
+from terselm.compress.engine.surprisal import SurprisalEngine
 from terselm.compress.prompt import Prompt
-from terselm.compress.surprisal import SurprisalEngine
 from terselm.errors import BudgetError
 from terselm.evaluate.methods import Compressed
 from terselm.models import CausalLM

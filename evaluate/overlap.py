@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from terselm.compress.words import word_spans
 from terselm.evaluate.methods import Compressed
+from terselm.statistics import word_spans
 
 Word = tuple[str, int, int]  # part, index of the demonstration, number of the word
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from terselm import __version__
-from terselm.compress.intervals import CONFIDENCE, RESAMPLES
 from terselm.config import dump_config
 from terselm.evaluate.bootstrap import Estimate
 from terselm.evaluate.figures import GAIN, OVERLAP, Figures
@@ -18,6 +17,7 @@ from terselm.evaluate.items import Suite
 from terselm.evaluate.runner import NO_BUDGET, Entry
 from terselm.evaluate.settings import EvaluateSettings
 from terselm.files import atomic_file
+from terselm.statistics import CONFIDENCE, RESAMPLES
 
 _TITLES = {
     GAIN: "gain retained",

@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from terselm.compress.intervals import CONFIDENCE, RESAMPLES, percentile_interval, resampled_sums
 from terselm.data.records import Record, prompt_hash
 from terselm.errors import ConfigError
+from terselm.statistics import CONFIDENCE, RESAMPLES, percentile_interval, resampled_sums
 from terselm.train.choices import Template
 from terselm.train.examples import EncodedRecords
 from terselm.train.packing import collate, pack

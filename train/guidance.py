@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from terselm.compress.words import word_spans, words_of_tokens
 from terselm.data.logprobs import Given, LogProbFile, ScoredText
 from terselm.data.score import score_texts
 from terselm.data.texts import PlainText
 from terselm.errors import ConfigError
 from terselm.models import CausalLM, load_tokenizer
+from terselm.statistics import word_spans, words_of_tokens
 from terselm.train.templates import RenderedRecord
 
 NO_WORD = -1

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from terselm.compress.bulk.files import Output, Row, RowSource, dump_row, open_output, open_source
+from terselm.compress.bulk.files import Output, RowSource, SourceRow, dump_row, open_output, open_source
 from terselm.compress.bulk.journals import Journals
 from terselm.compress.bulk.work import BulkSettings, Worker
 from terselm.compress.compressor import PromptCompressor
@@ -127,7 +127,7 @@ class _BulkRun:
             if not self.process.index:
                 self._await_others(update)
 
-    def _compress(self, worker: Worker, batches: Iterator[list[Row]], update: Callable[[], None]) -> None:
+    def _compress(self, worker: Worker, batches: Iterator[list[SourceRow]], update: Callable[[], None]) -> None:
         """Each batch is on disk before the next begins."""
         with self.journals.writer(self.process.index) as commit:
             for batch in batches:
@@ -200,7 +200,7 @@ class _BulkRun:
                 if row.number in self.journals.rejected:
                     file.write(dump_row({**entry(row.number), "row": row.for_display()}) + "\n")
 
-    def _pending(self, size: int) -> Iterator[list[Row]]:
+    def _pending(self, size: int) -> Iterator[list[SourceRow]]:
         """The batches of this process, without the rows that are done."""
         rows, turn = self.source.rows(), 0
         while batch := list(islice(rows, size)):
@@ -233,5 +233,5 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"cannot write {path}: {first_line(error)}; nothing that is done is lost: remove the cause and run this again"
+            f"cannot write {path}: {first_line(error)}; nothing that is done is lost: remove the cause and run it again"
         ) from None

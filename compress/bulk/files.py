@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from decimal import Decimal
-from pathlib import Path
 from itertools import islice
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from terselm.compress.bulk.rows import READ_KEYS, RESULT_KEYS, passed_through
@@ -60,7 +60,7 @@ def _is_parquet(path: Path) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class SourceRow:
     """A row as it was read.
 
     Attributes:
@@ -104,7 +104,7 @@ class RowSource(ABC):
     count: int
 
     @abstractmethod
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[SourceRow]:
         """All rows, in order."""
 
 
@@ -139,11 +139,11 @@ class JsonlSource(RowSource):
             raise DataFormatError(path, None, f"cannot be read: {error.strerror}") from None
         self.digest = digest.hexdigest()
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[SourceRow]:
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield Row(path=self.path, number=number, content=line)
+                    yield SourceRow(path=self.path, number=number, content=line)
 
 
 class JsonlOutput(Output):
@@ -204,12 +204,12 @@ class ParquetSource(RowSource):
         if taken := [name for name in self.schema.names if name in RESULT_KEYS]:
             raise ConfigError(f"{path} has a column {taken[0]!r} already, which the result needs; rename it")
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[SourceRow]:
         number = 0
         for batch in self.batches():
             for values in batch.to_pylist():
                 number += 1
-                yield Row(path=self.path, number=number, content=values)
+                yield SourceRow(path=self.path, number=number, content=values)
 
     def batches(self) -> Iterator[Any]:
         """All rows, as record batches."""
@@ -297,8 +297,8 @@ def _infer(source: RowSource) -> Any:
                 _array([row.get(name) for _, row in rows], schema.field(name))
     except (arrow.ArrowException, ValueError, TypeError, OverflowError) as error:
         raise ConfigError(
-            f"the key {name!r} of {source.path} cannot become a Parquet column ({first_line(error)}); write a .jsonl file "
-            "instead"
+            f"the key {name!r} of {source.path} cannot become a Parquet column ({first_line(error)}); write a .jsonl "
+            "file instead"
         ) from None
     return schema
 

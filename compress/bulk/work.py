@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from terselm.compress.bulk.files import Output, Row
+from terselm.compress.bulk.files import Output, SourceRow
 from terselm.compress.bulk.rows import PromptRow, read_prompt_row, result_values
 from terselm.compress.compressor import PromptCompressor
 from terselm.compress.counter import resolve_counter
@@ -78,7 +78,7 @@ class Worker:
         self._settings = settings
         self._count = resolve_counter(settings.counter)
 
-    def entries(self, rows: Sequence[Row]) -> list[Json]:
+    def entries(self, rows: Sequence[SourceRow]) -> list[Json]:
         """One entry a row, in order: ``{"line": n, "result": {…}}``, or ``{"line": n, "reason": "…"}``.
 
         Raises:
@@ -94,7 +94,7 @@ class Worker:
         entries |= {entry["line"]: entry for entry in self._try(readable)}
         return [entries[row.number] for row in rows]
 
-    def _read(self, row: Row) -> PromptRow:
+    def _read(self, row: SourceRow) -> PromptRow:
         values = row.values()
         self._output.check(values)
         return read_prompt_row(row.number, values, self._settings.budget, self._settings.rate)

@@ -9,15 +9,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from terselm.compress.engine.forward import Forward
-from terselm.compress.layout import Ints
+if TYPE_CHECKING:
+    from terselm.compress.engine.surprisal import Forward
+    from terselm.statistics import Ints
 
 logger = logging.getLogger(__name__)
 

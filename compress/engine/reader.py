@@ -6,15 +6,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from terselm.compress.engine.surprisal import SurprisalEngine
 from terselm.compress.itpc import IterativeCompression, ScoreRequest
-from terselm.compress.layout import Floats32, Ints, Layout
+from terselm.compress.layout import Floats32, Layout
 from terselm.compress.prompt import Part
 from terselm.models.memory import text_too_large
+
+if TYPE_CHECKING:
+    from terselm.statistics import Ints
 
 _NOTHING = np.zeros(0, dtype=np.int64)
 _ENTRY = 200  # bytes that a key and its place in the table take
@@ -61,7 +65,10 @@ class ScoreReader:
     def read_demonstrations(self, layouts: Sequence[Layout]) -> list[Reading]:
         """Surprisals of all demonstrations of these prompts, each by itself; each distinct text once."""
         texts = [
-            [(layout.pieces[n].index, layout.pieces[n].text, layout.piece_ids(n)) for n in layout.numbers(Part.DEMONSTRATION)]
+            [
+                (layout.pieces[n].index, layout.pieces[n].text, layout.piece_ids(n))
+                for n in layout.numbers(Part.DEMONSTRATION)
+            ]
             for layout in layouts
         ]
         ids_of = {text: ids for prompt in texts for _, text, ids in prompt}

@@ -1,24 +1,49 @@
-"""The surprisal engine: texts by themselves, and prompts segment by segment.
+"""Surprisals under the small LM: of texts by themselves, and of prompts that are read segment by segment in lock step.
 
-Surprisal of a token = −log p(token | all before it), nats, float32.
+Surprisal of a token = −log p(token | all before it), nats, float32. From the engine and its sessions down to the
+forward pass and the slots that hold the keys and values of growing prefixes.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
 
-from terselm.compress.engine.forward import EagerMemory, Forward, Memory
 from terselm.compress.itpc import ScoreRequest
-from terselm.compress.layout import Floats32, Ints
+from terselm.compress.layout import Floats32
+from terselm.errors import ModelError
 from terselm.models import CausalLM
-from terselm.models.memory import free_bytes
+from terselm.models.memory import free_bytes, kv_bytes
+from terselm.models.reading import OutputHead, cache_argument, fast_attention, grain, last_states
 from terselm.models.scoring import RowScorer, Window
 
+if TYPE_CHECKING:
+    from terselm.statistics import Ints
+
+_LAYERS = {"full_attention", "sliding_attention"}
 _USUAL_PASS = 128  # tokens of a row: what was kept of a segment, and the next
 _SHARE_FOR_CACHE = 0.4  # of the memory: the buffers double as they grow, and the passes need some too
+_GRAIN = 256  # slots
+_PASSES_BETWEEN_TRIMS = 16
+
+
+def require_attention(lm: CausalLM) -> None:
+    """Raise `ModelError` for a model of which a prefix cannot lose tokens again: one with recurrent layers."""
+    config = lm.model.config.get_text_config()
+    others = set(getattr(config, "layer_types", None) or ()) - _LAYERS
+    if others or getattr(lm.model, "_is_stateful", False):
+        raise ModelError(
+            f"{lm.name!r} ({type(lm.model).__name__}) has layers other than full and sliding attention"
+            f"{' (' + ', '.join(sorted(others)) + ')' if others else ''}, so that no token "
+            "can be taken out of what it has read; choose a small LM with attention alone, such as smollm2-135m"
+        )
 
 
 class SurprisalEngine:
@@ -171,3 +196,182 @@ class Session:
             self._last_id[row] = tokens[-1]
             self._last_slot[row] = self._slots.shape[1] + len(tokens) - 1
         self._slots = np.concatenate([self._slots, positions], axis=1)
+
+
+class Forward:
+    """The forward pass of one model, in the two forms that the engine needs.
+
+    Args:
+        lm: any decoder-only model of transformers whose head is a linear layer (with a soft cap, a scale, or neither).
+
+    Attributes:
+        head: its output head.
+
+    Raises:
+        ModelError: it is another.
+    """
+
+    def __init__(self, lm: CausalLM) -> None:
+        self._model = lm.model
+        self.head = OutputHead(lm.model)
+        self._config = lm.model.config.get_text_config()
+        self.parameters = int(lm.model.num_parameters())
+        self.device: torch.device = lm.model.device
+        self._dtype: torch.dtype = lm.model.dtype  # of the activations; int8 weights have none
+
+    def texts(self, ids: Tensor) -> Tensor:
+        """Last hidden states ``(B, T, H)`` of texts ``(B, T)`` that are padded at their ends."""
+        return last_states(self._model, ids)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of the keys and values of one token, over all layers."""
+        return kv_bytes(self._model, self._dtype)
+
+    def extend(self, ids: Tensor, positions: Tensor, slots: Tensor, new: Tensor, cache: Any) -> Tensor:
+        """Last hidden states ``(B, S, H)`` of new tokens ``(B, S)``, whose keys and values enter ``cache``.
+
+        Args:
+            positions: ``(B, S)``, −1 at padding.
+            slots: ``(B, C)``, the position that each slot of the cache holds for each row, −1 for none.
+            new: ``(S,)``, the slots of the new tokens.
+        """
+        distance = positions[:, :, None] - slots[:, None, :]  # (B, S, C)
+        itself = new[:, None] == torch.arange(slots.shape[1], device=new.device)  # else padding attends to nothing: NaN
+        mask = (distance >= 0) & (slots >= 0)[:, None, :] | itself
+        with fast_attention():
+            output = self._model.base_model(
+                input_ids=ids,
+                position_ids=positions.clamp(min=0),
+                attention_mask=self._masks(mask, distance),
+                use_cache=True,
+                **cache_argument(self._model.base_model, cache),
+            )
+        states: Tensor = output.last_hidden_state
+        return states
+
+    def _masks(self, mask: Tensor, distance: Tensor) -> Any:
+        """The mask in the form that this model takes: one, or one for each type of its layers."""
+        width = getattr(self._config, "sliding_window", None)
+        types = set(getattr(self._config, "layer_types", None) or ())
+        narrow = mask & (distance < width) if width else mask
+        if types:
+            return {kind: self._form(narrow if kind == "sliding_attention" else mask) for kind in types}
+        uses_window = width is not None and getattr(self._config, "use_sliding_window", True)
+        return self._form(narrow if uses_window else mask)
+
+    def _form(self, mask: Tensor) -> Tensor:
+        mask = mask[:, None]  # (B, 1, S, C)
+        if self._config._attn_implementation == "sdpa":
+            return mask
+        blocked = torch.finfo(self._dtype).min
+        return torch.zeros_like(mask, dtype=self._dtype).masked_fill(~mask, blocked)
+
+
+class Memory(Protocol):
+    """What a session's prompts have read so far. All rows share slots: see `SlotCache`."""
+
+    def read(self, ids: Ints, positions: Ints, slots: Ints, keep: int) -> Tensor:
+        """Last hidden states of new tokens; the first ``keep`` of each row stay in the slots after the used ones.
+
+        Args:
+            ids, positions: ``(B, S)``; position −1 is padding.
+            slots: ``(B, used + S)``, the position that each slot holds for each row, −1 for none.
+
+        Returns:
+            ``(B, S, H)``.
+        """
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order."""
+
+    def clear(self) -> None:
+        """Forget everything."""
+
+
+class SlotCache(Cache):  # type: ignore[misc]
+    """A cache whose rows share slots: token t of a pass is written into slot ``used + t`` of every row.
+
+    What a slot means to a row (a position, or nothing) is the caller's to know and to say in the attention mask.
+    Every layer keeps all slots, also where the model attends to a sliding window; the mask limits what is seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.used = 0
+        self.shown = 0  # slots that the next pass attends to, or masks: at least the used ones and its own
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write ``(B, H, S, D)`` keys and values behind the used slots; return ``(B, H, shown, D)``."""
+        end = self.used + key_states.shape[2]
+        if layer_idx == len(self._buffers):
+            self._buffers.append((_grown(None, key_states, self.shown), _grown(None, value_states, self.shown)))
+        keys, values = self._buffers[layer_idx]
+        if keys.shape[2] < self.shown:
+            keys, values = _grown(keys, key_states, self.shown), _grown(values, value_states, self.shown)
+            self._buffers[layer_idx] = keys, values
+        keys[:, :, self.used : end] = key_states
+        values[:, :, self.used : end] = value_states
+        return keys[:, :, : self.shown], values[:, :, : self.shown]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.used
+
+    def select(self, rows: Sequence[int]) -> None:
+        if self._buffers:
+            index = torch.tensor(rows, device=self._buffers[0][0].device)
+            self._buffers = [(keys[index], values[index]) for keys, values in self._buffers]
+
+
+class EagerMemory:
+    """`Memory` in buffers that grow, read with ordinary calls of the model."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+        self._cache = SlotCache()
+        self._passes = 0
+
+    def read(self, ids: Ints, positions: Ints, slots: Ints, keep: int) -> Tensor:
+        device = self._forward.device
+        length = ids.shape[1]
+        if device.type == "cpu":
+            self._passes += 1
+            if self._passes % _PASSES_BETWEEN_TRIMS == 0:
+                _trim()
+            excess = -length % grain(length)
+            total = self._cache.used + length + excess
+            ids = np.pad(ids, ((0, 0), (0, excess)))
+            positions = np.pad(positions, ((0, 0), (0, excess)), constant_values=-1)
+            slots = np.pad(slots, ((0, 0), (0, excess + -total % grain(total))), constant_values=-1)
+        self._cache.shown = slots.shape[1]
+        new = torch.arange(self._cache.used, self._cache.used + ids.shape[1], device=device)
+        tokens, places, held = (
+            torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in (ids, positions, slots)
+        )
+        states = self._forward.extend(tokens, places, held, new, self._cache)
+        self._cache.used += keep
+        return states[:, :length]
+
+    def select(self, rows: Sequence[int]) -> None:
+        self._cache.select(rows)
+
+    def clear(self) -> None:
+        self._cache = SlotCache()
+
+
+def _trim() -> None:
+    """Have the C library return what is free: as a prefix grows, each pass needs larger pieces than were freed."""
+    with suppress(OSError, AttributeError):  # other systems than Linux with glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _grown(old: Tensor | None, like: Tensor, slots: int) -> Tensor:
+    """A buffer of at least ``slots`` slots that begins with ``old``; a quarter more than needed, to grow seldom."""
+    slots = -(-(slots + slots // 4) // _GRAIN) * _GRAIN
+    new = like.new_zeros(*like.shape[:2], slots, like.shape[3])
+    if old is not None:
+        new[:, :, : old.shape[2]] = old
+    return new

@@ -10,8 +10,8 @@ from fakes import random_lm
 
 from terselm import CompressionSettings, Prompt, PromptCompressor
 from terselm.compress.modes import anchor_for
+from terselm.compress.layout import cut_units, merge_lines, merge_sentences
 from terselm.compress.settings import EXAMPLES_ANCHOR
-from terselm.compress.units import cut_units, merge_lines, merge_sentences
 from terselm.errors import ConfigError
 
 DEMONSTRATIONS = [f"Question: Sam had {n} apples and ate 2.\nAnswer: {n - 2} are left." for n in range(5, 13)]

@@ -28,7 +28,7 @@ from bulk_runs import (
 )
 
 from terselm.compress.bulk import compress_file
-from terselm.compress.bulk import parquet as bulk_parquet
+from terselm.compress.bulk import files as bulk_files
 from terselm.compress.prompt import Prompt
 from terselm.errors import ConfigError, DataFormatError
 
@@ -47,7 +47,7 @@ def columns_of(made: list[Prompt]) -> Json:
 
 
 def test_columns_keep_their_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk_parquet, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(bulk_files, "_ROWS_AT_ONCE", 7)
     made = prompts(40)
     others = {
         "id": list(range(40)),
@@ -74,7 +74,7 @@ def test_columns_keep_their_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_rejected_rows_leave_the_others_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk_parquet, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(bulk_files, "_ROWS_AT_ONCE", 7)
     made = prompts(40)
     bad = {0, 6, 7, *range(14, 21), 39}  # ends of chunks, a whole chunk
     budgets = [0.0 if n in bad else float(n + 3) if n % 2 else None for n in range(40)]
@@ -132,7 +132,7 @@ def test_parquet_to_json_lines(tmp_path: Path) -> None:
 
 def test_json_lines_to_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys that come late, numbers that turn out to have fractions, objects that grow; and lines that are no rows."""
-    monkeypatch.setattr(bulk_parquet, "_ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(bulk_files, "_ROWS_AT_ONCE", 3)
     rows = rows_of(8)
     rows[1] |= {"score": 1, "meta": {"a": 1}, "tags": []}
     rows[5] |= {"score": 2.5, "meta": {"b": "x"}, "tags": ["t"], "late": True}
@@ -210,7 +210,7 @@ def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     for source, out in ((table, "out.jsonl"), (lines, "out.parquet")):
-        with pytest.raises(ConfigError, match=r"^Parquet needs pyarrow; run: pip install 'terselm\[train\]'$"):
+        with pytest.raises(ConfigError, match=r"^pyarrow is not installed; run: pip install 'terselm\[collect\]'$"):
             compress_file(source, tmp_path / out, never, settings())
     assert bulk(lines, tmp_path / "out.jsonl").rows == 3
     assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["id"] == "r0"

@@ -21,9 +21,9 @@ from bulk_runs import (
     write_rows,
 )
 
+from terselm import progress
 from terselm.compress import bulk as bulk_module
 from terselm.compress.bulk import compress_file
-from terselm.compress.bulk import progress as bulk_progress
 from terselm.errors import ConfigError
 from terselm.models.process import Process, current_process
 
@@ -33,7 +33,7 @@ def test_lines_tell_how_far_it_is(
 ) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", rows_of(40)), tmp_path / "out.jsonl"
     done = broken_off(source, out)
-    monkeypatch.setattr(bulk_progress, "_EVERY", 0.0)
+    monkeypatch.setattr(progress, "_EVERY", 0.0)
     with caplog.at_level(logging.INFO, logger="terselm"):
         bulk(source, out)
     said = [record.getMessage() for record in caplog.records]
@@ -41,7 +41,7 @@ def test_lines_tell_how_far_it_is(
     assert said[-1].startswith("40 of 40 prompts, ")
     assert said[-1].endswith(" prompts/s, 0 s left")
     assert capfd.readouterr() == ("", "")
-    assert [bulk_progress.duration(s) for s in (9.4, 728, 3905)] == ["9 s", "12 min 08 s", "1 h 05 min"]
+    assert [progress.duration(s) for s in (9.4, 728, 3905)] == ["9 s", "12 min 08 s", "1 h 05 min"]
 
 
 def test_a_bar_tells_it_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from terselm.compress.bulk import compress_file
 from terselm.compress.compressor import PromptCompressor
-from terselm.compress.protect import Preset
+from terselm.compress.prompt import Preset
 from terselm.compress.settings import CompressionSettings
 from terselm.errors import ConfigError, DataFormatError
 

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from terselm.compress.bulk.files import dump_row
-from terselm.compress.bulk.rows import READ_KEYS, RESULT_KEYS, passed_through, read_request
+from terselm.compress.bulk.rows import READ_KEYS, RESULT_KEYS, passed_through, read_prompt_row
 from terselm.errors import BudgetError, PromptError
 
 VALUES = st.recursive(
@@ -26,12 +26,12 @@ PLAIN = st.text(st.characters(exclude_categories=["Cs"]))
 @example({"question": "Why?", "pinned": 0.0}, None)
 def test_a_request_or_a_reason(row: dict[str, Any], budget: int | None) -> None:
     try:
-        request = read_request(3, row, budget, None if budget else 0.5)
+        request = read_prompt_row(3, row, budget, None if budget else 0.5)
     except (PromptError, BudgetError):
         return
     assert request.number == 3
     own = row.get("budget") is not None or row.get("rate") is not None
-    target = (request.target.budget, request.target.rate)
+    target = (request.length.budget, request.length.rate)
     assert target == ((row.get("budget"), row.get("rate")) if own else (budget, None if budget else 0.5))
     whole = "".join(piece.text for piece in request.prompt.pieces())
     source = row.get("text") if row.get("text") is not None else row.get("prompt") or row
@@ -45,11 +45,11 @@ def test_a_request_or_a_reason(row: dict[str, Any], budget: int | None) -> None:
 @given(PLAIN, st.lists(PLAIN), PLAIN)
 def test_three_forms_of_one_prompt(instruction: str, demonstrations: list[str], question: str) -> None:
     parts = {"instruction": instruction, "demonstrations": demonstrations, "question": question}
-    flat = read_request(1, parts, 5, None)
-    assert read_request(1, {"prompt": parts, "text": None}, 5, None) == flat
-    assert read_request(1, {"prompt": {k: v or None for k, v in parts.items()}}, 5, None) == flat
-    text = read_request(1, {"text": question}, 5, None)
-    assert text.prompt == read_request(1, {"demonstrations": [question]}, 5, None).prompt
+    flat = read_prompt_row(1, parts, 5, None)
+    assert read_prompt_row(1, {"prompt": parts, "text": None}, 5, None) == flat
+    assert read_prompt_row(1, {"prompt": {k: v or None for k, v in parts.items()}}, 5, None) == flat
+    text = read_prompt_row(1, {"text": question}, 5, None)
+    assert text.prompt == read_prompt_row(1, {"demonstrations": [question]}, 5, None).prompt
 
 
 @given(ROWS)

@@ -12,6 +12,7 @@ from fakes import random_lm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from terselm import CompressionSettings, Prompt, PromptCompressor
+from terselm.compress.length import Length
 from terselm.errors import BudgetError, ConfigError, ContextLengthError, ModelError, PromptError, TerseLMError
 from terselm.models import CausalLM
 
@@ -136,6 +137,17 @@ def test_settings_out_of_range(values: dict[str, Any]) -> None:
     assert name in fails(ConfigError, lambda: CompressionSettings(**values))
 
 
+def test_all_mistakes_of_the_settings_are_named_at_once() -> None:
+    values: dict[str, Any] = {"k": 0, "anchor": 2.0, "unit": "page", "order": "random"}
+    message = fails(ConfigError, lambda: CompressionSettings(**values))
+    assert [fault.split(" is ")[0] for fault in message.split("; ") if " is " in fault] == [
+        "k",
+        "anchor",
+        "unit",
+        "order",
+    ]
+
+
 def test_segment_wider_than_the_window() -> None:
     compressor = PromptCompressor(random_lm(window=32), settings=CompressionSettings(segment_size=100))
     message = fails(ContextLengthError, lambda: compressor.compress_text(TEXT, rate=0.9))
@@ -153,3 +165,13 @@ def test_prompts_and_settings_are_frozen_and_named() -> None:
 
 def test_an_empty_batch_is_empty(compressor: PromptCompressor) -> None:
     assert list(compressor.compress_batch([], rate=0.5)) == []
+
+
+def test_lengths_mix_budgets_and_rates(compressor: PromptCompressor) -> None:
+    prompts = [Prompt(demonstrations=[TEXT]), Prompt(question=TEXT), Prompt(demonstrations=[TEXT, TEXT])]
+    lengths = [Length(budget=9), Length(rate=0.5), Length(budget=500)]
+    results = compressor.compress_batch(prompts, lengths=lengths)
+    assert [result.budget for result in results] == [9, int(0.5 * results[1].original_tokens), 500]
+    assert all(result.compressed_tokens <= result.budget for result in results)
+    fails(BudgetError, lambda: compressor.compress_batch(prompts, lengths=lengths[:2]))
+    fails(BudgetError, lambda: compressor.compress_batch(prompts, lengths=lengths, rate=0.5))

@@ -14,9 +14,9 @@ from agreement import Case, assert_agrees, count_bytes, count_unevenly, count_wi
 from fakes import random_lm
 
 from terselm import CompressionSettings, Prompt, PromptCompressor
-from terselm.compress.protect import Preset
+from terselm.compress.engine.surprisal import SurprisalEngine
+from terselm.compress.prompt import Preset
 from terselm.compress.settings import Order, paper_settings
-from terselm.compress.surprisal import SurprisalEngine
 
 INSTRUCTION = "Answer the question below. Use the examples, think step by step, and end with one number."
 APPLES = "Question: Sam had 12 apples and gave 5 away.\nLet's think step by step. 12 - 5 = 7. The answer is 7."

@@ -60,14 +60,14 @@ def test_groups_are_halved_until_they_fit(tokens: int, cache_bytes: int) -> None
 
 def test_what_does_not_fit_by_itself_is_refused() -> None:
     lm, _ = with_memory_for(30)
-    with pytest.raises(ModelError, match="too little free memory to read"):
+    with pytest.raises(ModelError, match="too small to read"):
         compress(lm)
 
 
 def test_rows_are_limited_by_the_memory_for_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
     plenty, all_sizes = with_memory_for(1 << 20)
     expected = compress(plenty)
-    monkeypatch.setattr("terselm.compress.surprisal._CPU_CACHE", 1 << 20)
+    monkeypatch.setattr("terselm.models.memory._ELSEWHERE", 1 << 20)
     lm, sizes = with_memory_for(1 << 20)
     assert compress(lm) == expected
     assert max(sizes) <= max(all_sizes)

@@ -123,6 +123,31 @@ def test_budgets_that_make_no_sense(arguments: dict[str, Any]) -> None:
         compressor().compress_messages(MESSAGES, **arguments)
 
 
+@pytest.mark.parametrize("options", [{}, {"keep": ["euros", "pears"]}, {"counter": lambda text: len(text.encode())}])
+def test_a_budget_that_is_too_small_names_one_that_works(options: dict[str, Any]) -> None:
+    """As `compress` does."""
+    with pytest.raises(BudgetError) as by_rate:
+        compressor().compress_messages(MESSAGES, rate=0.0001, **options)
+    smallest = by_rate.value.smallest
+    assert smallest is not None
+    assert smallest == 1 or options
+    assert str(smallest) in str(by_rate.value)
+    if smallest > 1:
+        with pytest.raises(BudgetError) as by_budget:
+            compressor().compress_messages(MESSAGES, budget=1, **options)
+        assert by_budget.value.smallest is not None
+        smallest = max(smallest, by_budget.value.smallest)
+    assert compressor().compress_messages(MESSAGES, budget=smallest, **options).compressed_tokens <= smallest
+
+
+def test_budgets_of_words_are_named_too() -> None:
+    words = [{"role": "user", "content": "word"}, {"role": "assistant", "content": "word"}]
+    with pytest.raises(BudgetError) as caught:
+        compressor().compress_messages(words, budget=3, counter=lambda text: 5 * len(text.split()))
+    assert caught.value.smallest is not None
+    assert caught.value.smallest > 3
+
+
 TEXT = st.text(st.sampled_from("ab 12\n.,é中👍"), min_size=1, max_size=40)
 CHATS = st.lists(
     st.builds(lambda role, text: {"role": role, "content": text}, st.sampled_from(["user", "assistant"]), TEXT),

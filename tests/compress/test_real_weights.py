@@ -10,7 +10,7 @@ import real_prompts as p
 from agreement import Case, assert_agrees
 
 from terselm import CompressionSettings, Prompt
-from terselm.compress.protect import Preset
+from terselm.compress.prompt import Preset
 from terselm.models import load_causal_lm
 
 pytestmark = pytest.mark.model

@@ -9,7 +9,7 @@ from fakes import random_lm
 from real_prompts import WORKED
 
 from terselm import Prompt, PromptCompressor
-from terselm.compress.surprisal import SurprisalEngine
+from terselm.compress.engine.surprisal import SurprisalEngine
 from terselm.errors import ConfigError, ModelError
 from terselm.models import load_causal_lm
 

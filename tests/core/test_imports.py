@@ -1,4 +1,4 @@
-"""Who may import whom: errors <- files, config <- models <- data <- compress <- train, evaluate <- cli. Nothing points back."""
+"""Who may import whom: errors <- files, config <- models <- data <- compress <- train, evaluate <- cli."""
 
 from __future__ import annotations
 
@@ -31,7 +31,17 @@ RANK = {
     "terselm.cli": 7,
     "terselm.__main__": 8,
 }
-WITHOUT_TORCH = ("budget", "counter", "fit", "itpc", "prompt", "protect", "result", "settings", "units")
+WITH_TORCH = (  # the only places that know tensors, at any depth of a file
+    "terselm.models",
+    "terselm.train",
+    "terselm.compress.engine",
+    "terselm.evaluate.targets",
+    "terselm.data.generate",
+    "terselm.data.score",
+    "terselm.data.collection.local",
+    "terselm.data.collection.memory",
+)
+WITHOUT_TORCH = ("budget", "counter", "fit", "itpc", "layout", "length", "messages", "prompt", "result", "settings")
 
 
 def room(module: str) -> str:
@@ -84,6 +94,28 @@ def test_nothing_points_back() -> None:
         if RANK.get(room(target), RANK["terselm"]) >= RANK[room(module)]
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def with_torch(tree: dict[str, Path]) -> list[str]:
+    """Modules that import torch, or a module below it, outside the places for that."""
+    return [
+        module
+        for module, file in tree.items()
+        if any(name.split(".")[0] == "torch" for name in imported(module, file, set(tree)))
+        and not any(f"{module}.".startswith(f"{place}.") for place in WITH_TORCH)
+    ]
+
+
+def test_only_a_few_rooms_know_tensors(tmp_path: Path) -> None:
+    tree = modules()
+    assert not with_torch(tree), f"torch is for {', '.join(WITH_TORCH)}"
+    planted = tmp_path / "planted.py"
+    planted.write_text("def f():\n    from torch.nn import functional\n")
+    wrong = {
+        f"terselm.{name}": planted for name in ("compress.planted", "compress.engines", "data.x", "cli.y", "files")
+    }
+    right = {f"terselm.{name}": planted for name in ("compress.engine.x", "models.y", "train.z", "data.score")}
+    assert with_torch(wrong | right) == list(wrong)
 
 
 def test_a_script_imports_absolutely() -> None:

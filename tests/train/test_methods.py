@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_training import Script, make_model
 
-from terselm.compress.surprisal import SurprisalEngine
+from terselm.compress.engine.surprisal import SurprisalEngine
 from terselm.errors import ConfigError
 from terselm.models import load_causal_lm
 from terselm.train.choices import Initialisation, Method

@@ -13,9 +13,9 @@ from tiny_training import Script
 from typer.testing import CliRunner
 
 from terselm.cli import app
-from terselm.compress.words import word_spans
 from terselm.errors import CheckpointError, ModelError
 from terselm.models import load_causal_lm
+from terselm.statistics import word_spans
 from terselm.train.publish import publish
 from terselm.train.report.metrics import LEAST_WORDS
 from terselm.train.report.reading import read_texts, read_words

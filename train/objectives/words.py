@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from terselm.compress.words import most_surprising
+from terselm.statistics import most_surprising
 from terselm.train.examples import Example
 from terselm.train.guidance import NO_WORD
 from terselm.train.objectives.base import Read, of_text

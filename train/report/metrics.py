@@ -15,8 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from terselm.compress.intervals import CONFIDENCE, RESAMPLES, percentile_interval, resampled_sums
-from terselm.compress.words import kept_overlap, most_surprising, spearman
+from terselm.statistics import (
+    CONFIDENCE,
+    RESAMPLES,
+    kept_overlap,
+    most_surprising,
+    percentile_interval,
+    resampled_sums,
+    spearman,
+)
 
 Floats = NDArray[np.float64]
 

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from terselm.compress.counter import plain_backend
-from terselm.compress.surprisal import SurprisalEngine
-from terselm.compress.words import word_spans, word_surprisals
+from terselm.compress.engine.surprisal import SurprisalEngine
 from terselm.errors import CheckpointError
 from terselm.files import atomic_file
 from terselm.models import load_causal_lm
+from terselm.statistics import word_spans, word_surprisals
 from terselm.train.report.metrics import LEAST_WORDS, Floats
 
 HELD_OUT = "held_out.jsonl"

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from terselm.cli.app import app, quieten_transformers
+from terselm.cli.app import app
 from terselm.errors import ConfigError, DataFormatError, PromptError
 
 if TYPE_CHECKING:
-    from terselm.compress.protect import Keep
+    from terselm.compress.prompt import Keep
 
 _log = logging.getLogger(__name__)
 
@@ -59,21 +59,20 @@ def compress(
     """Compress a prompt and print it."""
     parts = _parts(text, prompt, instruction, demonstration or [], question)
     protected = _protected(keep or [], keep_regex or [], keep_preset or [])
+    from terselm.compress.length import Length
     from terselm.compress.prompt import Prompt
     from terselm.compress.settings import CompressionSettings
-    from terselm.compress.target import Target
     from terselm.config import load_config
 
     asked = Prompt(**parts)
     if not asked.pieces():  # before a model is loaded
         raise PromptError("the prompt is empty; give an instruction, demonstrations or a question")
-    Target(budget=budget, rate=rate)
+    length = Length(budget=budget, rate=rate)
     settings = load_config(CompressionSettings, config)
     from terselm.compress.compressor import PromptCompressor
 
-    quieten_transformers()
     compressor = PromptCompressor.from_pretrained(model, device=device, dtype=dtype, settings=settings)
-    result = compressor.compress_batch([asked], budget=budget, rate=rate, keep=protected, counter=counter)[0]
+    result = compressor.compress_batch([asked], lengths=[length], keep=protected, counter=counter)[0]
     print(json.dumps(result.to_dict(tokens=tokens), ensure_ascii=False, indent=2) if as_json else result.text)
 
 
@@ -120,7 +119,6 @@ def compress_file(
     )
 
     def load() -> PromptCompressor:
-        quieten_transformers()
         share_out_cores()
         own = current_process().claim_device(device)
         return PromptCompressor.from_pretrained(model, device=own, dtype=dtype, settings=settings.compression)
@@ -159,18 +157,19 @@ def _read(path: Path) -> str:
 
 
 def _read_prompt(path: Path) -> dict[str, Any]:
+    from terselm.compress.prompt import PROMPT_KEYS
+
     try:
         values = json.loads(_read(path))
     except json.JSONDecodeError as error:
         raise DataFormatError(path, error.lineno, f"broken JSON: {error.msg}") from None
-    known = ("instruction", "demonstrations", "question", "pinned")
-    if not isinstance(values, dict) or not values.keys() <= set(known):
-        raise DataFormatError(path, None, f"expected a JSON object with some of the keys {', '.join(known)}")
+    if not isinstance(values, dict) or not values.keys() <= set(PROMPT_KEYS):
+        raise DataFormatError(path, None, f"expected a JSON object with some of the keys {', '.join(PROMPT_KEYS)}")
     return values
 
 
 def _protected(literals: list[str], regexes: list[str], presets: list[str]) -> list[Keep]:
-    from terselm.compress.protect import Preset
+    from terselm.compress.prompt import Preset
 
     keep: list[Keep] = list(literals)
     for regex in regexes:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from terselm.cli.app import app, need, quieten_transformers
+from terselm.cli.app import app, need
 
 
 @app.command()
@@ -33,7 +33,6 @@ def serve(
     from terselm.config import load_config
 
     settings = load_config(CompressionSettings, config)
-    quieten_transformers()
     compressor = PromptCompressor.from_pretrained(model, device=device, dtype=dtype, settings=settings)
     compressor.warm_up()
     uvicorn.run(make_app(compressor, most=batch_size), host=host, port=port, log_level="info")
