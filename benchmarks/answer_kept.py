@@ -97,9 +97,7 @@ def hardest_prompts(rows: Sequence[dict[str, Any]], chosen: Sequence[int], docum
         chance.shuffle(others)
         others.insert(chance.randrange(documents), number)
         texts = [f"Document [{i}](Title: {passages[n][0]}) {passages[n][1]}" for i, n in enumerate(others, start=1)]
-        prompts.append(
-            Prompt(instruction=INSTRUCTION, demonstrations=texts, question=f"Question: {question}\nAnswer:")
-        )
+        prompts.append(Prompt(instruction=INSTRUCTION, demonstrations=texts, question=f"Question: {question}\nAnswer:"))
     return prompts
 
 

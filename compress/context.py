@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 from terselm.compress.settings import UnitKind
 
-_PROSE_LINE = re.compile(r"[^\W\d_]{2,}(?:[ ,;:'’\"”)(–—-]+[^\W\d_]+){5,}")  # six words in a row
+_PROSE = re.compile(  # six words in a row, or an end such as sentences have
+    r"[^\W\d_]{2,}(?:[ ,;:'’\"”)(–—-]+[^\W\d_]+){5}|[.!?…。！？][\"'”’)\]」』]*\s*$"
+)
 _MARKUP = re.compile(r"^\s*(?:[\[{}\])<|@+]|[\w.\"'-]+\s*[:=]\s|\d[\d:.T/-]{3,}|at\s|File\s\")|[{};,|\\>]\s*$|\s{3,}\S")
 _TITLE = re.compile(r"^\s*(?:[A-Z][a-z]+ )?\[?\d*\]?\s*\(\s*[Tt]itle:\s*([^\n]{1,200}?)\)\s")
 _HEADING = re.compile(r"^\s*(#{1,6})\s+\S")
@@ -42,9 +44,9 @@ class InContext:
 
 def unit_kind(text: str) -> UnitKind:
     """`UnitKind.LINE` for text most of whose lines are data, code or log entries; else `UnitKind.SENTENCE`."""
-    lines = [line for line in text.split("\n") if line.strip()]
-    marked = sum(bool(_MARKUP.search(line)) or not _PROSE_LINE.search(line) for line in lines)
-    return UnitKind.LINE if len(lines) > 2 and 2 * marked > len(lines) else UnitKind.SENTENCE
+    lines = [line for line in text.split("\n") if line.strip() and not _HEADING.match(line)]
+    of_data = sum(bool(_MARKUP.search(line)) or not _PROSE.search(line) for line in lines)
+    return UnitKind.LINE if len(lines) > 2 and 2 * of_data > len(lines) else UnitKind.SENTENCE
 
 
 def in_context(text: str, units: Sequence[str]) -> list[InContext]:

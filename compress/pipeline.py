@@ -159,7 +159,13 @@ class Pipeline:
                 job.ranks = {piece.index: number for piece, number in zip(pieces, numbers, strict=True)}
             return
         for_question = [job.settings.rank_by is not RankBy.SURPRISAL for job in jobs]
-        self._read([job for job, ranked in zip(jobs, for_question, strict=True) if not ranked and job.controller.needs_perplexities])
+        self._read(
+            [
+                job
+                for job, ranked in zip(jobs, for_question, strict=True)
+                if not ranked and job.controller.needs_perplexities
+            ]
+        )
         asked = [
             job
             for job, ranked in zip(jobs, for_question, strict=True)

@@ -41,9 +41,72 @@ _LABEL = re.compile(r"^\s*(?:question|query|q|user)\s*:\s*|\n\s*(?:answer|a|assi
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]+|\d+")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _STOP_WORDS = frozenset(
-    "a an and are as at be been but by did do does for from had has have he her his how i in into is it its me my no "
-    "not of on or our she so than that the their them then there they this to was we were what when where which who "
-    "whom whose why will with would you your".split()
+    [
+        "a",
+        "an",
+        "and",
+        "are",
+        "as",
+        "at",
+        "be",
+        "been",
+        "but",
+        "by",
+        "did",
+        "do",
+        "does",
+        "for",
+        "from",
+        "had",
+        "has",
+        "have",
+        "he",
+        "her",
+        "his",
+        "how",
+        "i",
+        "in",
+        "into",
+        "is",
+        "it",
+        "its",
+        "me",
+        "my",
+        "no",
+        "not",
+        "of",
+        "on",
+        "or",
+        "our",
+        "she",
+        "so",
+        "than",
+        "that",
+        "the",
+        "their",
+        "them",
+        "then",
+        "there",
+        "they",
+        "this",
+        "to",
+        "was",
+        "we",
+        "were",
+        "what",
+        "when",
+        "where",
+        "which",
+        "who",
+        "whom",
+        "whose",
+        "why",
+        "will",
+        "with",
+        "would",
+        "you",
+        "your",
+    ]
 )
 
 
@@ -326,7 +389,9 @@ def encoder_folder(name: str) -> str:
     if folder is None or not (folder / "model.safetensors").is_file():
         raise ModelError(f"the ranker {MINILM!r} is not installed; run: {install}")
     if hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() != _MINILM_SHA256:
-        raise ModelError(f"the installed weights of the ranker {MINILM!r} are damaged; run: {install} --force-reinstall")
+        raise ModelError(
+            f"the installed weights of the ranker {MINILM!r} are damaged; run: {install} --force-reinstall"
+        )
     return str(folder)
 
 

@@ -59,9 +59,7 @@ class Relevance:
             for some, ranking in zip(pieces, rankings, strict=True)
         ]
 
-    def of_units(
-        self, asked: Sequence[tuple[str, Layout, Sequence[int], dict[int, float]]]
-    ) -> list[UnitScores]:
+    def of_units(self, asked: Sequence[tuple[str, Layout, Sequence[int], dict[int, float]]]) -> list[UnitScores]:
         """Sentences or lines, as they read after what they belong to, together with their demonstrations.
 
         The score is the standardised score of the unit plus the standardised score of its demonstration. Units of

@@ -101,7 +101,9 @@ class ScoreReader:
 
     def read_alone(self, texts: Sequence[Ints]) -> ReadingAfter:
         """Surprisals of texts that each stand alone; one longer than the window is read in pieces."""
-        return self._read([(_NOTHING, text) for text in texts], lambda pairs: self._engine.score_texts([b for _, b in pairs]))
+        return self._read(
+            [(_NOTHING, text) for text in texts], lambda pairs: self._engine.score_texts([b for _, b in pairs])
+        )
 
     def read_after(self, pairs: Sequence[tuple[Ints, Ints]]) -> ReadingAfter:
         """Surprisals of the second text of each pair after the first; both together fit into the window."""

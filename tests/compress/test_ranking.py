@@ -19,7 +19,14 @@ from reference_ranking import log_likelihood
 from terselm import CompressionSettings, Prompt, PromptCompressor
 from terselm.compress.engine.reader import ScoreReader
 from terselm.compress.engine.surprisal import SurprisalEngine
-from terselm.compress.ranking import Bm25Ranker, EmbeddingRanker, QuestionRanker, bare_question, encoder_folder, words_of
+from terselm.compress.ranking import (
+    Bm25Ranker,
+    EmbeddingRanker,
+    QuestionRanker,
+    bare_question,
+    encoder_folder,
+    words_of,
+)
 from terselm.errors import ConfigError, ContextLengthError, ModelError, PromptError
 
 APPLES = "Sam had 12 apples and gave 5 of them away. How many apples does he have left? He has 7."
@@ -39,7 +46,9 @@ def prompt_of(*documents: str, question: str = QUESTION, **others: Any) -> Promp
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
 @pytest.mark.parametrize("rate", [0.25, 0.5, 0.8])
 def test_the_default_ranks_documents_for_the_question(kind: str, rate: float) -> None:
-    result = assert_agrees(random_lm(kind), Case(prompt=prompt_of(*DOCUMENTS), settings=CompressionSettings(), rate=rate))
+    result = assert_agrees(
+        random_lm(kind), Case(prompt=prompt_of(*DOCUMENTS), settings=CompressionSettings(), rate=rate)
+    )
     assert QUESTION in result.text
     assert INSTRUCTION in result.text
 
@@ -88,7 +97,9 @@ def test_small_windows_protected_spans_and_other_counters() -> None:
     assert_agrees(lm, Case(prompt=prompt_of(*DOCUMENTS), settings=CompressionSettings(rank_by="question"), rate=0.5))
     case = Case(prompt=prompt_of(*DOCUMENTS), settings=CompressionSettings(), rate=0.4, keep=["slow", "260"])
     assert "260" in assert_agrees(random_lm(), case).text
-    assert_agrees(random_lm(), Case(prompt=prompt_of(*DOCUMENTS), counter=count_bytes, settings=CompressionSettings(), rate=0.4))
+    assert_agrees(
+        random_lm(), Case(prompt=prompt_of(*DOCUMENTS), counter=count_bytes, settings=CompressionSettings(), rate=0.4)
+    )
 
 
 def test_batches_and_the_cache_change_nothing() -> None:
@@ -120,7 +131,9 @@ def test_explicit_settings_are_not_touched() -> None:
     prompt = prompt_of(*DOCUMENTS)
     lm = random_lm()
     token = PromptCompressor(lm, settings=CompressionSettings(unit="token")).compress_batch([prompt], rate=0.5)[0]
-    plain = PromptCompressor(lm, settings=CompressionSettings(rank_by="surprisal")).compress_batch([prompt], rate=0.5)[0]
+    plain = PromptCompressor(lm, settings=CompressionSettings(rank_by="surprisal")).compress_batch([prompt], rate=0.5)[
+        0
+    ]
     open_one = PromptCompressor(lm, settings=CompressionSettings()).compress_batch([prompt], rate=0.5)[0]
     assert token.text == plain.text != open_one.text
 
@@ -148,7 +161,9 @@ def test_by_hand_the_sentence_after_which_the_question_is_likeliest_is_kept() ->
 def test_by_hand_scores() -> None:
     lm = bigram_lm(WORDS, TABLE)
     reader = ScoreReader(SurprisalEngine(lm), 0)
-    ranker = QuestionRanker(lambda texts: [np.array(lm.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts], reader)
+    ranker = QuestionRanker(
+        lambda texts: [np.array(lm.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts], reader
+    )
     ranking = ranker.rank([("who", ["the fox.", "red cow."])], whole=False)[0]
     assert ranking.scores == pytest.approx([-math.log(4) / 2, -math.log(32) / 2])  # 1/2 * 1/2, 1/16 * 1/2, two tokens
 
@@ -157,7 +172,10 @@ def test_by_hand_scores() -> None:
 def test_question_likelihood_is_that_of_one_full_pass(whole: bool) -> None:
     lm = random_lm(window=96)
     reader = ScoreReader(SurprisalEngine(lm), 1 << 20)
-    ranker = QuestionRanker(lambda texts: [np.array(lm.tokenizer(t, add_special_tokens=False)["input_ids"], dtype=np.int64) for t in texts], reader)
+    ranker = QuestionRanker(
+        lambda texts: [np.array(lm.tokenizer(t, add_special_tokens=False)["input_ids"], dtype=np.int64) for t in texts],
+        reader,
+    )
     asked = [("How many?", [APPLES, "", CATS]), ("Who slept?", [CATS, APPLES])]
     for _ in range(2):  # read, then known
         for (question, texts), ranking in zip(asked, ranker.rank(asked, whole=whole), strict=True):
@@ -194,7 +212,9 @@ def test_embeddings_are_means_of_last_states(tmp_path: Path) -> None:
     tokenizer.pad_token = "</s>"
     tokenizer.save_pretrained(tmp_path)
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    config = BertConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
     model = BertModel(config).eval()
     model.save_pretrained(tmp_path)
 
@@ -217,7 +237,9 @@ def test_minilm_finds_the_passage() -> None:
         encoder_folder("minilm-l6")
     except ModelError:
         pytest.skip("minilm-l6 is not installed")
-    scores = EmbeddingRanker("minilm-l6", "cpu").rank([("Who lent books?", [APPLES, CATS, PLAIN])], whole=True)[0].scores
+    scores = (
+        EmbeddingRanker("minilm-l6", "cpu").rank([("Who lent books?", [APPLES, CATS, PLAIN])], whole=True)[0].scores
+    )
     assert int(np.argmax(scores)) == 2
     result = PromptCompressor(random_lm(), settings=CompressionSettings(ranker="minilm-l6")).compress_batch(
         [prompt_of(*DOCUMENTS, question="How many books were lent?")], rate=0.4
@@ -231,7 +253,11 @@ def test_a_text_and_a_chat_take_a_question() -> None:
     assert "How many books?" not in result.text
     assert 0 < result.compressed_tokens <= result.budget
     assert all(part in f"{APPLES} {PLAIN}" for part in [result.text[:20], result.text[-20:]])
-    messages = [{"role": "user", "content": PLAIN}, {"role": "assistant", "content": CATS}, {"role": "user", "content": "Who slept?"}]
+    messages = [
+        {"role": "user", "content": PLAIN},
+        {"role": "assistant", "content": CATS},
+        {"role": "user", "content": "Who slept?"},
+    ]
     one = compressor.compress_messages(messages, rate=0.6)
     other = compressor.compress_messages(messages, question="How many books were lent in all?", rate=0.6)
     assert one.messages[-1] == other.messages[-1] == messages[-1]
@@ -247,7 +273,9 @@ def test_a_text_and_a_chat_take_a_question() -> None:
         ({"ranker": "/no/such/folder"}, prompt_of(APPLES, CATS), ModelError, "no ranker at /no/such/folder"),
     ],
 )
-def test_what_cannot_be_ranked_is_refused(options: dict[str, Any], prompt: Prompt, error: type[Exception], words: str) -> None:
+def test_what_cannot_be_ranked_is_refused(
+    options: dict[str, Any], prompt: Prompt, error: type[Exception], words: str
+) -> None:
     compressor = PromptCompressor(random_lm(window=256), settings=CompressionSettings(**options))
     with pytest.raises(error, match=words) as caught:
         compressor.compress_batch([prompt], rate=0.5)
@@ -261,12 +289,19 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     for options, package in (({"rank_by": "bm25"}, "bm25s"), ({"rank_by": "reranker", "ranker": "x"}, "sentence")):
         with pytest.raises(ConfigError, match=package):
-            PromptCompressor(random_lm(), settings=CompressionSettings(**options)).compress_batch([prompt_of(APPLES, CATS)], rate=0.5)
+            PromptCompressor(random_lm(), settings=CompressionSettings(**options)).compress_batch(
+                [prompt_of(APPLES, CATS)], rate=0.5
+            )
 
 
 def test_prompts_that_cannot_be_ranked_are_compressed_as_ever_by_default() -> None:
     lm = random_lm(window=256)
-    for prompt in (prompt_of(APPLES, question=APPLES * 12), prompt_of(), Prompt(demonstrations=[APPLES]), prompt_of("x" * 300)):
+    for prompt in (
+        prompt_of(APPLES, question=APPLES * 12),
+        prompt_of(),
+        Prompt(demonstrations=[APPLES]),
+        prompt_of("x" * 300),
+    ):
         result = PromptCompressor(lm).compress_batch([prompt], rate=0.5)[0]
         assert 0 < result.compressed_tokens <= result.budget
 
@@ -287,7 +322,12 @@ def test_bad_settings(values: dict[str, Any], words: str) -> None:
         CompressionSettings(**values)
 
 
-_texts = st.lists(st.sampled_from([APPLES, CATS, PLAIN, DATA, LOG, "", " ", "x", "我们今天去公园散步。天气很好。", "|a|b|\n|-|-|\n|1|2|\n"]), max_size=5)
+_texts = st.lists(
+    st.sampled_from(
+        [APPLES, CATS, PLAIN, DATA, LOG, "", " ", "x", "我们今天去公园散步。天气很好。", "|a|b|\n|-|-|\n|1|2|\n"]
+    ),
+    max_size=5,
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -303,7 +343,9 @@ def test_the_budget_holds_and_spans_rebuild_the_source(
     documents: list[str], question: str, rate: float, options: dict[str, Any]
 ) -> None:
     prompt = prompt_of(*documents, question=question)
-    result = PromptCompressor(random_lm(), settings=CompressionSettings(**options)).compress_batch([prompt], rate=rate)[0]
+    result = PromptCompressor(random_lm(), settings=CompressionSettings(**options)).compress_batch([prompt], rate=rate)[
+        0
+    ]
     assert result.compressed_tokens <= result.budget
     for index, text in enumerate(documents):
         spans = [t.text for t in result.tokens if t.part == "demonstration" and t.index == index]
