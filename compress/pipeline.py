@@ -66,6 +66,11 @@ class _Job:
         means = {index: float(values.mean(dtype=np.float64)) for index, values in self.read.items()}
         return {index: float(np.exp(min(mean, 700.0))) for index, mean in means.items()}
 
+    @property
+    def is_ranked(self) -> bool:
+        """Whether its demonstrations are ranked for the question."""
+        return self.settings.rank_by is not RankBy.SURPRISAL
+
     def charge(self, reading: Ranking | UnitScores) -> None:
         """Count what the small LM read to rank by."""
         self.tokens_read += reading.tokens_read
@@ -158,19 +163,8 @@ class Pipeline:
                 numbers = job.chance.random(len(pieces)).tolist()
                 job.ranks = {piece.index: number for piece, number in zip(pieces, numbers, strict=True)}
             return
-        for_question = [job.settings.rank_by is not RankBy.SURPRISAL for job in jobs]
-        self._read(
-            [
-                job
-                for job, ranked in zip(jobs, for_question, strict=True)
-                if not ranked and job.controller.needs_perplexities
-            ]
-        )
-        asked = [
-            job
-            for job, ranked in zip(jobs, for_question, strict=True)
-            if ranked and len(job.layout.numbers(Part.DEMONSTRATION)) > 1
-        ]
+        self._read([job for job in jobs if not job.is_ranked and job.controller.needs_perplexities])
+        asked = [job for job in jobs if job.is_ranked and len(job.layout.numbers(Part.DEMONSTRATION)) > 1]
         if not asked:
             return
         rankings = self._relevance.of_demonstrations([(job.asks, job.layout) for job in asked])

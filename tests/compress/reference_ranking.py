@@ -43,17 +43,8 @@ def decide(prompt: Any, settings: Any) -> Any:
 def is_open(settings: Any) -> bool:
     """Nothing says how demonstrations are thinned."""
     defaults = type(settings)()
-    names = [
-        "k",
-        "instruction_rate",
-        "question_rate",
-        "segment_size",
-        "unit",
-        "order",
-        "anchor",
-        "anchor_by",
-        "ablations",
-    ]
+    names = ["k", "instruction_rate", "question_rate", "segment_size", "unit", "order"]
+    names += ["anchor", "anchor_by", "ablations"]
     return all(getattr(settings, name) == getattr(defaults, name) for name in names)
 
 

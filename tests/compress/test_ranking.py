@@ -32,7 +32,19 @@ from terselm.errors import ConfigError, ContextLengthError, ModelError, PromptEr
 APPLES = "Sam had 12 apples and gave 5 of them away. How many apples does he have left? He has 7."
 CATS = "Document [2](Title: Cats) The cat sat on the mat. The dog that chased it slept. It was a table of oak."
 PLAIN = "On the first day nothing happened. Then the library lent 260 books. Nobody came for the rest of the week!"
-DATA = '{\n  "shops": [\n    {\n      "name": "north",\n      "apples": 12\n    },\n    {\n      "name": "south",\n      "apples": 5\n    }\n  ]\n}\n'
+DATA = """{
+  "shops": [
+    {
+      "name": "north",
+      "apples": 12
+    },
+    {
+      "name": "south",
+      "apples": 5
+    }
+  ]
+}
+"""
 LOG = "10:01:02 INFO start\n10:01:03 WARN slow disk /dev/sda1\n10:01:09 ERROR apples missing: 5\n  at shop.count\n"
 QUESTION = "Question: How many apples were left?\nAnswer:"
 INSTRUCTION = "Answer the question."
