@@ -59,7 +59,7 @@ _OF_KEPT = (Reason.UNCHANGED, Reason.PROTECTED, Reason.ABOVE_THRESHOLD, Reason.T
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecisionArrays:
-    """What became of the units of a prompt, in the smallest types that hold it: about ten bytes a unit.
+    """What became of the units of a prompt, in the smallest types that hold it: six to sixteen bytes a unit.
 
     Attributes:
         pieces: that the units are cut from.

@@ -254,11 +254,11 @@ class ParquetOutput(Output):
         schema = arrow.unify_schemas([self._schema, self._results])
         with need("pyarrow.parquet", "collect").ParquetWriter(file, schema) as writer:
             for numbers, columns in self._columns():
-                found = [results(number) for number in numbers]
-                there = arrow.array([result is not None for result in found], type=arrow.bool_())
+                outcomes = [results(number) for number in numbers]
+                there = arrow.array([result is not None for result in outcomes], type=arrow.bool_())
                 kept = {name: column.filter(there) for name, column in columns.items()}
                 for field in self._results:
-                    values = [result[field.name] for result in found if result is not None]
+                    values = [result[field.name] for result in outcomes if result is not None]
                     kept[field.name] = arrow.array(values, type=field.type)
                 writer.write_table(arrow.table(kept, schema=schema))
 
@@ -283,9 +283,9 @@ def _infer(source: RowSource) -> Any:
     try:
         for rows in _chunks(source):
             for name in dict.fromkeys(key for _, row in rows for key in row):
-                found = arrow.schema([(name, arrow.array([row.get(name) for _, row in rows]).type)])
-                known = arrow.schema([(name, types.get(name, arrow.null()))])
-                types[name] = arrow.unify_schemas([known, found], promote_options="permissive").field(name).type
+                here = arrow.schema([(name, arrow.array([row.get(name) for _, row in rows]).type)])
+                before = arrow.schema([(name, types.get(name, arrow.null()))])
+                types[name] = arrow.unify_schemas([before, here], promote_options="permissive").field(name).type
         schema = arrow.schema(types.items())
         for name in types:
             with need("pyarrow.parquet", "collect").ParquetWriter(

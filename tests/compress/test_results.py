@@ -60,14 +60,15 @@ def test_results_that_differ_in_a_decision_alone_are_not_equal() -> None:
 def test_decisions_are_kept_in_small_types() -> None:
     result = PromptCompressor(random_lm()).compress_batch([PROMPT], rate=0.5)[0]
     assert all(array.base is None for array in arrays_of(result)), "a view keeps the whole alive"
-    assert sum(array.nbytes for array in arrays_of(result)) < 12 * len(result.tokens) + 64
+    assert sum(array.nbytes for array in arrays_of(result)) <= 16 * len(result.tokens) + 64
 
 
-def test_a_thousand_results_hold_no_more_than_their_own_arrays() -> None:
+@pytest.mark.parametrize("count", [30, pytest.param(1_000, marks=pytest.mark.slow)])
+def test_results_hold_no_more_than_their_own_arrays(count: int) -> None:
     """Of 2,500 tokens each; what was read once is in the cache, so the model has little to do."""
     compressor = PromptCompressor(random_lm(), settings=paper_settings())
     text = " ".join(EXAMPLES)
-    prompt = Prompt(demonstrations=[text, text, text, text, text, text, text], question="How many?")
+    prompt = Prompt(demonstrations=[text] * 11, question="How many?")
     first = compressor.compress_batch([prompt], rate=0.3)[0]
     assert first.original_tokens >= 2_500
     results = []
@@ -75,7 +76,7 @@ def test_a_thousand_results_hold_no_more_than_their_own_arrays() -> None:
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        for _ in range(100):
+        for _ in range(count // 10):
             results += compressor.compress_batch([prompt] * 10, rate=0.3)
         gc.collect()
         held = tracemalloc.get_traced_memory()[0] - before
@@ -83,6 +84,6 @@ def test_a_thousand_results_hold_no_more_than_their_own_arrays() -> None:
         tracemalloc.stop()
     own = sum(array.nbytes for result in results for array in arrays_of(result))
     own += sum(result.text.__sizeof__() for result in results)
-    assert len(results) == 1_000
-    assert held <= own + 3_000 * len(results)  # the objects around the arrays
-    assert held < 60_000 * len(results)
+    assert len(results) == count
+    assert held <= own + 3_000 * count  # the objects around the arrays
+    assert held < 60_000 * count
