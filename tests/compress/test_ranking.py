@@ -24,10 +24,10 @@ from terselm.compress.ranking import (
     EmbeddingRanker,
     QuestionRanker,
     bare_question,
-    encoder_folder,
     words_of,
 )
 from terselm.errors import ConfigError, ContextLengthError, ModelError, PromptError
+from terselm.models.encoder import encoder_source
 
 APPLES = "Sam had 12 apples and gave 5 of them away. How many apples does he have left? He has 7."
 CATS = "Document [2](Title: Cats) The cat sat on the mat. The dog that chased it slept. It was a table of oak."
@@ -246,7 +246,7 @@ def test_embeddings_are_means_of_last_states(tmp_path: Path) -> None:
 @pytest.mark.model
 def test_minilm_finds_the_passage() -> None:
     try:
-        encoder_folder("minilm-l6")
+        encoder_source("minilm-l6")
     except ModelError:
         pytest.skip("minilm-l6 is not installed")
     scores = (
@@ -282,7 +282,7 @@ def test_a_text_and_a_chat_take_a_question() -> None:
         ({"rank_by": "question"}, prompt_of(APPLES, question=""), PromptError, "no question"),
         ({"rank_by": "bm25"}, prompt_of(), PromptError, "no demonstrations"),
         ({"rank_by": "question"}, prompt_of(APPLES, CATS, question=APPLES * 9), ContextLengthError, "the question has"),
-        ({"ranker": "/no/such/folder"}, prompt_of(APPLES, CATS), ModelError, "no ranker at /no/such/folder"),
+        ({"ranker": "/no/such/folder"}, prompt_of(APPLES, CATS), ModelError, "no encoder at /no/such/folder"),
     ],
 )
 def test_what_cannot_be_ranked_is_refused(
