@@ -115,7 +115,7 @@ class IterativeCompression:
     @property
     def has_free_units(self) -> bool:
         """Whether there is anything to choose."""
-        return any(map(any, (~self._layout.protected[part] for part in self._parts)))
+        return any(not self._layout.protected[part].all() for part in self._parts)
 
     def request(self) -> ScoreRequest | None:
         """The next segment to score, or None at the end.
