@@ -191,7 +191,7 @@ class BudgetController:
         self._demonstrations = layout.numbers(Part.DEMONSTRATION)
         self._pinned = {i for i, n in enumerate(self._demonstrations) if layout.pieces[n].index in pinned}
         self._budget = tokens - int(layout.cost[protected].sum())  # T′ − P; may be negative
-        self._free_of = np.add.reduceat(np.where(protected, 0, layout.cost), layout.edges[:-1]).tolist()
+        self._free_of: list[int] = np.add.reduceat(np.where(protected, 0, layout.cost), layout.edges[:-1]).tolist()
         self._instruction, self._question = (
             sum(self._free_of[n] for n in layout.numbers(part)) for part in (Part.INSTRUCTION, Part.QUESTION)
         )

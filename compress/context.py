@@ -58,14 +58,42 @@ def in_context(text: str, units: Sequence[str]) -> list[InContext]:
     """
     title = _TITLE.match(text)
     shown_title = f"({title[1].strip()})" if title else ""
-    parents = _parents(units, prose=unit_kind(text) is UnitKind.SENTENCE)
+    lines = _as_lines(text, units)
+    parents = _parents(lines, prose=unit_kind(text) is UnitKind.SENTENCE)
     seen: list[InContext] = []
     for number, (unit, parent) in enumerate(zip(units, parents, strict=True)):
-        above = _above(number, parents, units)
         opening = [shown_title] if shown_title and number else []
-        text_in_context = " ".join([*opening, *above, unit.strip()])
+        text_in_context = " ".join([*opening, *_above(number, parents, units), unit.strip()])
         seen.append(InContext(text_in_context, parent, says_something=not _BRACKETS.match(unit)))
     return seen
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A unit from the start of its line on: tokens often join a line end with the indentation after it.
+
+    Attributes:
+        text: with the indentation, where the unit is the first of its line.
+        is_first: whether it is.
+    """
+
+    text: str
+    is_first: bool
+
+    @property
+    def indentation(self) -> int:
+        return len(self.text) - len(self.text.lstrip())
+
+
+def _as_lines(text: str, units: Sequence[str]) -> list[_Line]:
+    lines = []
+    begin = 0
+    for unit in units:
+        before = text[text.rfind("\n", 0, begin) + 1 : begin]
+        is_first = not before.strip()
+        lines.append(_Line(f"{before}{unit}".lstrip("\r\n") if is_first else unit, is_first))
+        begin += len(unit)
+    return lines
 
 
 def _above(number: int, parents: Sequence[int | None], units: Sequence[str]) -> list[str]:
@@ -79,74 +107,70 @@ def _above(number: int, parents: Sequence[int | None], units: Sequence[str]) -> 
     return texts[::-1]
 
 
-def _parents(units: Sequence[str], *, prose: bool) -> list[int | None]:
+def _parents(lines: Sequence[_Line], *, prose: bool) -> list[int | None]:
     """The unit that each belongs to."""
-    parents = _by_indentation(units)
+    parents = _by_indentation(lines)
     for rule in (_of_tables, _of_headings if prose else _of_diff):
-        parents = [own if other is None else other for own, other in zip(parents, rule(units), strict=True)]
+        parents = [own if other is None else other for own, other in zip(parents, rule(lines), strict=True)]
     return parents
 
 
-def _by_indentation(units: Sequence[str]) -> list[int | None]:
-    """The last unit before that is indented less; of members of a nameless object, the first of them."""
+def _by_indentation(lines: Sequence[_Line]) -> list[int | None]:
+    """The last line before that is indented less; of members of a nameless object, the first of them."""
     parents: list[int | None] = []
-    open_units: list[tuple[int, int]] = []  # (indentation, number), each deeper than the one before
+    open_lines: list[tuple[int, int]] = []  # (indentation, number), each deeper than the one before
     first_member: dict[int, int] = {}
-    starts_line = True
-    for number, unit in enumerate(units):
-        if not unit.strip() or not starts_line:  # a later sentence of a line belongs where that line does
+    for number, line in enumerate(lines):
+        if not line.text.strip() or not line.is_first:  # a later sentence of a line belongs where that line does
             parents.append(parents[-1] if parents else None)
-        else:
-            body = unit.lstrip("\n")
-            indent = len(body) - len(body.lstrip())
-            while open_units and open_units[-1][0] >= indent:
-                open_units.pop()
-            parent = open_units[-1][1] if open_units else None
-            open_units.append((indent, number))
-            if parent is not None and parents[parent] is not None and _BRACKETS.match(units[parent]):
-                label = parent if _BRACKETS.match(unit) else first_member.setdefault(parent, number)
-                parent = parent if label == number else label
-            parents.append(parent)
-        starts_line = unit.endswith("\n")
+            continue
+        while open_lines and open_lines[-1][0] >= line.indentation:
+            open_lines.pop()
+        parent = open_lines[-1][1] if open_lines else None
+        open_lines.append((line.indentation, number))
+        if parent is not None and parents[parent] is not None and _BRACKETS.match(lines[parent].text):
+            label = parent if _BRACKETS.match(line.text) else first_member.setdefault(parent, number)
+            parent = parent if label == number else label
+        parents.append(parent)
     return parents
 
 
-def _of_diff(units: Sequence[str]) -> list[int | None]:
+def _of_diff(lines: Sequence[_Line]) -> list[int | None]:
     """Lines of a hunk belong to its head, and that to its file."""
     file = hunk = None
     parents: list[int | None] = []
-    for number, unit in enumerate(units):
-        if _DIFF_FILE.match(unit):
+    for number, line in enumerate(lines):
+        if _DIFF_FILE.match(line.text):
             parents.append(None)
             file, hunk = number, None
-        elif _HUNK.match(unit):
+        elif _HUNK.match(line.text):
             parents.append(file)
             hunk = number
         else:
-            parents.append(hunk if _IN_HUNK.match(unit) else None)
+            parents.append(hunk if _IN_HUNK.match(line.text) else None)
     return parents
 
 
-def _of_tables(units: Sequence[str]) -> list[int | None]:
+def _of_tables(lines: Sequence[_Line]) -> list[int | None]:
     """Rows of a Markdown table belong to its head."""
     head = None
     parents: list[int | None] = []
-    for number, unit in enumerate(units):
-        if not _TABLE_ROW.match(unit):
+    for number, line in enumerate(lines):
+        if not _TABLE_ROW.match(line.text):
             head = None
         parents.append(head)
-        if head is None and _TABLE_ROW.match(unit):
+        if head is None and _TABLE_ROW.match(line.text):
             head = number
     return parents
 
 
-def _of_headings(units: Sequence[str]) -> list[int | None]:
+def _of_headings(lines: Sequence[_Line]) -> list[int | None]:
     """What follows a Markdown heading, or a short first line without an end, belongs to it."""
     levels: list[tuple[int, int]] = []  # (level, number)
-    opens_with_heading = len(units) > 1 and _is_heading_line(units[0])
+    opens_with_heading = len(lines) > 1 and _is_heading_line(lines[0].text)
     parents: list[int | None] = []
-    for number, unit in enumerate(units):
-        heading = _HEADING.match(unit)
+    for number, line in enumerate(lines):
+        heading = _HEADING.match(line.text) if line.is_first else None
         level = len(heading[1]) if heading else 0 if opens_with_heading and not number else 7
         while levels and levels[-1][0] >= level:
             levels.pop()
@@ -160,4 +184,4 @@ def _is_heading_line(unit: str) -> bool:
     text = unit.strip()
     ends = text.endswith((".", "!", "?", ";", ",", "。", "{", "[", "(", "}", "]", "|", ">"))
     plain = text[:1].isalpha() and not _MARKUP.search(text.removeprefix("Title: "))
-    return unit.endswith("\n") and plain and not ends and len(text.split()) <= _HEADING_WORDS
+    return "\n" in unit and plain and not ends and len(text.split()) <= _HEADING_WORDS

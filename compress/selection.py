@@ -63,6 +63,8 @@ class RankedSelection:
             for piece, quota in quotas.items():
                 self._take(best[layout.piece_of[best] == piece], quota)
         self._set_margins(free, scores)
+        orphans = (parents >= 0) & ~self.kept & ~self.kept[parents]
+        self.margin[orphans] = np.nan  # Stage 3 takes nothing back without what it belongs to
 
     def _take(self, best: Ints, room: int) -> None:
         """Keep units in this order, each with all that it belongs to; one that does not fit is passed over."""

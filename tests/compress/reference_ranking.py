@@ -156,6 +156,9 @@ def choose(
         unit.margin = None
     for unit in rated:
         unit.margin = value[id(unit)] - (min(chosen) if chosen else max(value[id(u)] for u in rated))
+    for unit in free:
+        if unit not in kept and id(unit) in parents and parents[id(unit)] not in kept:
+            unit.margin = None
     return [unit for unit in units if unit in kept]
 
 

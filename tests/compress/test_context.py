@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from terselm.compress.context import in_context, unit_kind
@@ -120,3 +122,11 @@ def test_brackets_alone_say_nothing() -> None:
         line.strip() for line, seen in zip(lines, in_context(JSON, lines), strict=True) if not seen.says_something
     ]
     assert set(silent) == {"{", "}", "},", "]"}
+
+
+def test_indentation_counts_where_tokens_join_it_with_the_line_end_before() -> None:
+    units = re.split(r"(?<=\n)(?!\s)|(?<=\n  )(?!\s)|(?<=\n    )(?!\s)|(?<=\n      )(?!\s)", JSON)
+    units, lines = units[:-1], JSON.splitlines(keepends=True)
+    assert "".join(units) == JSON
+    assert [unit.strip() for unit in units] == [line.strip() for line in lines] != units
+    assert [seen.parent for seen in in_context(JSON, units)] == [seen.parent for seen in in_context(JSON, lines)]
