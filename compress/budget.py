@@ -203,7 +203,7 @@ class BudgetController:
             total = sum(self._free_of)
             self._instruction_rate = min(1.0, max(0.0, self._budget / total)) if total else 1.0
             self._question_rate = self._instruction_rate
-        self._need = self._instruction_rate * self._instruction + self._question_rate * self._question
+        self._need: float = self._instruction_rate * self._instruction + self._question_rate * self._question
         self._rate = max(0.0, (self._budget - self._need) / self._total) if self._total else 0.0  # τ_dems of Eq. 2
         self._eligible = [i for i, length in enumerate(self._lengths) if length]
 

@@ -119,7 +119,7 @@ class PromptCompressor:
             length,
             count=counter or self._pipeline.count,
             compress=lambda prompt, budget: self.compress_batch(
-                [replace(prompt, ranked_for=question)], budget=budget, **wishes
+                [replace(prompt, ranked_for=question)], lengths=[Length(budget=budget)], **wishes
             )[0],
             layout_of=lambda prompt: self._pipeline.layouts.make([prompt], compile_keep(wishes.get("keep", ())))[0],
         )
