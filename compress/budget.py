@@ -19,10 +19,8 @@ import numpy as np
 from terselm.compress.layout import Layout, Mask
 from terselm.compress.prompt import Part, Prompt
 from terselm.compress.settings import (
-    EXAMPLES_ANCHOR,
     PAPER_INSTRUCTION_RATE,
     PAPER_QUESTION_RATE,
-    Ablations,
     AnchorOrder,
     CompressionSettings,
     Order,
@@ -33,8 +31,9 @@ from terselm.compress.settings import (
 if TYPE_CHECKING:
     from terselm.statistics import Ints
 
+_FINE = 1_000_000  # weights are whole numbers, so that budgets divide exactly
 Perplexities = Mapping[int, float]
-"""By number of the demonstration in the prompt; 0 where it was not read."""
+"""By number of the demonstration in the prompt; 0 where it was not read. Or other numbers that rank demonstrations."""
 
 
 def allocate(
@@ -50,8 +49,7 @@ def allocate(
     controller = partial(BudgetController, layout, tokens, prompt.pinned, settings)
     begun = _keep_whole(layout, settings, controller, over)
     share = settings.anchor
-    if share is None:  # with ablations there would be nothing to take parts from
-        share = anchor_for(prompt) if settings.ablations == Ablations() else 0.0
+    assert share is not None, "the settings are those of `settings_for`"
     if not share:
         return begun
     anchored = _keep_anchor(layout, begun.anchor_order(), math.floor(share * begun.left), begun.protected, over)
@@ -73,18 +71,6 @@ def _keep_whole(
         if over(layout.text(protected)) <= 0 and (whole := controller(protected)).left >= 0:
             return whole
     return controller(layout.protected)
-
-
-def anchor_for(prompt: Prompt) -> float:
-    """The share where the settings name none: `EXAMPLES_ANCHOR` for worked examples, else 0.
-
-    Worked examples are at least two demonstrations that all begin as the question does, with a word such as
-    "Question:" or "###": one that is not all letters.
-    """
-    texts = [prompt.question, *filter(str.strip, prompt.demonstrations)]
-    opening, *others = (text.split(maxsplit=1)[:1] for text in texts)
-    labelled = bool(opening) and not opening[0].isalpha()
-    return EXAMPLES_ANCHOR if labelled and len(others) > 1 and all(other == opening for other in others) else 0.0
 
 
 def _keep_anchor(layout: Layout, pieces: Sequence[int], room: int, protected: Mask, over: Callable[[str], int]) -> Mask:
@@ -143,6 +129,41 @@ class Plan:
         return free
 
 
+def rank_weights(plan: Plan, perplexities: Perplexities, delta: float) -> dict[int, int]:
+    """In which proportion Stage 2 keeps tokens of the demonstrations that take part, by number of the piece.
+
+    Of the K that take part the rate of the one of rank I = 0 … K − 1 is τ_D + δ (1 − 2 I / (K − 1)), clipped to [0, 1].
+
+    Args:
+        delta: δ.
+
+    Note:
+        The paper's I / K would raise the rates' mean above τ_D. What clipping adds or takes is made good by the
+        proportion.
+
+    Source: Eq. 5 of arXiv:2310.06839.
+    """
+    layout = plan.layout
+    free = {n: int(layout.cost[u := layout.units_of([n])][~layout.protected[u]].sum()) for n in plan.selected}
+    common = plan.budgets[1] / max(1, sum(free.values()))
+    order = sorted(plan.selected, key=lambda n: (-perplexities.get(layout.pieces[n].index, 0.0), n))
+    steps = max(1, len(order) - 1)
+    shift = delta if len(order) > 1 else 0.0
+    rates = {n: min(1.0, max(0.0, common + shift * (1 - 2 * rank / steps))) for rank, n in enumerate(order)}
+    return {n: round(_FINE * rate) for n, rate in rates.items()}
+
+
+def quotas_of(plan: Plan, weights: Mapping[int, int]) -> dict[int, int]:
+    """The budget of the demonstrations divided among them in proportion to weight times free tokens."""
+    layout = plan.layout
+    shares = {
+        n: weight * int(layout.cost[u := layout.units_of([n])][~layout.protected[u]].sum())
+        for n, weight in weights.items()
+    }
+    total = max(1, sum(shares.values()))
+    return {n: plan.budgets[1] * share // total for n, share in shares.items()}
+
+
 class BudgetController:
     """Divides a budget among the parts of one prompt.
 
@@ -191,6 +212,19 @@ class BudgetController:
         """Tokens for demonstrations once instruction and question have their rates; may be negative."""
         return self._room(()) - self._need
 
+    @property
+    def holds_whole_demonstration(self) -> bool:
+        """Whether all of some demonstration is protected."""
+        return any(self._free_of[n] == 0 for n in self._demonstrations)
+
+    def fits_any(self) -> bool:
+        """Whether the budget holds one unit of the demonstrations once the other parts have their rates."""
+        units = self._layout.units_of(self._demonstrations)
+        free = units[~self.protected[units]]
+        if not len(free):
+            return True
+        return int(self._layout.cost[free].min()) <= self._room(self._eligible[:1]) - self._need
+
     def anchor_order(self) -> list[int]:
         """Numbers of the pieces of the demonstrations, in the order in which they become anchors."""
         pieces = self._demonstrations[::-1]
@@ -203,7 +237,7 @@ class BudgetController:
     @property
     def needs_perplexities(self) -> bool:
         """False where the plan is the same whatever the perplexities."""
-        if self._settings.order is Order.RANKED and len(self._demonstrations) > 1:
+        if self._settings.order is not Order.ORIGINAL and len(self._demonstrations) > 1:
             return True
         if self._settings.ablations.selection is Selection.ALL or self._rate == 0:
             return False
@@ -216,13 +250,15 @@ class BudgetController:
 
     def plan(self, perplexities: Perplexities) -> Plan:
         """Select demonstrations and give each part its budget."""
-        if self._settings.order is Order.RANKED:
+        if self._settings.order is not Order.ORIGINAL:
             return self._ranked(perplexities)._plan(perplexities)
         return self._plan(perplexities)
 
     def _ranked(self, perplexities: Perplexities) -> BudgetController:
-        """The same for demonstrations in descending order of perplexity."""
+        """The same for demonstrations in the order of the settings."""
         order = [self._demonstrations[i] for i in self._descending(range(len(self._demonstrations)), perplexities)]
+        if self._settings.order is Order.FIRST_AND_LAST:
+            order = order[0::2] + order[1::2][::-1]
         layout = replace(self._layout, protected=self.protected)
         numbers = [*layout.numbers(Part.INSTRUCTION), *order, *layout.numbers(Part.QUESTION)]
         layout = layout.reordered(numbers)

@@ -6,6 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -85,14 +86,19 @@ class PromptCompressor:
         prompt = Prompt(instruction=instruction, demonstrations=demonstrations, question=question, pinned=pinned)
         return self.compress_batch([prompt], **wishes)[0]
 
-    def compress_text(self, text: str, **wishes: Unpack[Wishes]) -> CompressionResult:
-        """Compress a text that has no parts: it is treated as one demonstration. See `Wishes`."""
-        return self.compress(demonstrations=[text], **wishes)
+    def compress_text(self, text: str, *, question: str = "", **wishes: Unpack[Wishes]) -> CompressionResult:
+        """Compress a text that has no parts: it is treated as one demonstration. See `Wishes`.
+
+        Args:
+            question: what will be asked about it, so that the answer stays; it is not in the compressed text.
+        """
+        return self.compress_batch([Prompt(demonstrations=[text], ranked_for=question)], **wishes)[0]
 
     def compress_messages(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        question: str = "",
         budget: int | None = None,
         rate: float | None = None,
         keep: Sequence[Keep] = (),
@@ -102,6 +108,9 @@ class PromptCompressor:
 
         The system's first message is the instruction, the user's last one the question, each turn between them a
         demonstration. See `Wishes` and `compress_batch`; the budget is for all texts together.
+
+        Args:
+            question: what turns are ranked for where that is not the user's last text.
         """
         from terselm.compress.messages import compress_chat
 
@@ -110,7 +119,9 @@ class PromptCompressor:
             messages,
             Length(budget=budget, rate=rate),
             count=count or self._pipeline.count,
-            compress=lambda prompt, tokens: self.compress_batch([prompt], budget=tokens, keep=keep, counter=count)[0],
+            compress=lambda prompt, tokens: self.compress_batch(
+                [replace(prompt, ranked_for=question)], budget=tokens, keep=keep, counter=count
+            )[0],
             layout_of=lambda prompt: self._pipeline.layouts.make([prompt], compile_keep(keep))[0],
         )
 

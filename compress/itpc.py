@@ -59,6 +59,8 @@ class IterativeCompression:
         window: the model's window, tokens.
         one_pass: drop nothing before a part has been scored to its end (an ablation).
         next_token: score each token by the surprisal of the one after it (an ablation).
+        weights: ``(n_units,)``, whole numbers in proportion to which a part's budget is spread over its tokens; evenly
+            where there are none.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class IterativeCompression:
         window: int,
         one_pass: bool = False,
         next_token: bool = False,
+        weights: Ints | None = None,
     ) -> None:
         self._layout = layout
         self._parts = parts
@@ -83,7 +86,8 @@ class IterativeCompression:
             for number, part in enumerate(parts)
             for units in _cut_segments(part, layout.cost, segment_size)
         ]
-        free = np.where(layout.protected, 0, layout.cost)
+        self._weighted = layout.cost if weights is None else layout.cost * weights
+        free = np.where(layout.protected, 0, self._weighted)
         self._free = [int(free[part].sum()) for part in parts]
         self._seen = [0] * len(parts)
         self._spent = [0] * len(parts)
@@ -107,6 +111,11 @@ class IterativeCompression:
         units = sum(len(segment.units) for segment in self._segments)
         tokens = sum(int(self._layout.cost[segment.units].sum()) for segment in self._segments)
         return 1 + tokens + min(units, len(self._layout.pieces)) * len(self._layout.separator_ids)
+
+    @property
+    def has_free_units(self) -> bool:
+        """Whether there is anything to choose."""
+        return any(not self._layout.protected[part].all() for part in self._parts)
 
     def request(self) -> ScoreRequest | None:
         """The next segment to score, or None at the end.
@@ -167,6 +176,7 @@ class IterativeCompression:
         """Choose among neighbouring units that have been scored."""
         score = self.surprisal[units] / self._layout.cost[units]
         free = np.flatnonzero(~self._layout.protected[units])
+        self._seen[part] += int(self._weighted[units[free]].sum())
         chosen = free[self._choose(part, score[free], self._layout.cost[units[free]])]
         self.kept[units] = self._layout.protected[units]
         self.kept[units[chosen]] = True
@@ -176,8 +186,7 @@ class IterativeCompression:
 
     def _choose(self, part: int, score: Floats, cost: Ints) -> Ints:
         """Indices of the most surprising units that fit into n_j tokens (ties: the earlier first)."""
-        self._seen[part] += int(cost.sum())
-        if not len(score):
+        if not len(score) or not self._free[part]:
             return np.zeros(0, dtype=np.int64)
         room = self._budgets[part] * self._seen[part] // self._free[part] - self._spent[part]
         order = np.argsort(-score, kind="stable")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from terselm.compress.context import unit_kind
 from terselm.compress.prompt import Part, Piece, Prompt
 from terselm.compress.settings import CompressionSettings, UnitKind
 from terselm.errors import PromptError
@@ -124,40 +125,50 @@ class LayoutMaker:
 
     def __init__(self, backend: Any, settings: CompressionSettings) -> None:
         self._backend = backend
-        self._unit = settings.unit
+        self._unit = UnitKind.TOKEN if settings.unit is UnitKind.AUTO else settings.unit
         self._separator = settings.separator
         self._separator_ids = self._tokenise([settings.separator])[0].ids
         rates = {Part.INSTRUCTION: settings.instruction_rate, Part.QUESTION: settings.question_rate}
         self._protected_parts = [part for part, rate in rates.items() if rate == 1]
 
-    def make(self, prompts: Sequence[Prompt], patterns: Sequence[re.Pattern[str]]) -> list[Layout]:
+    def make(
+        self,
+        prompts: Sequence[Prompt],
+        patterns: Sequence[re.Pattern[str]],
+        kinds: Sequence[UnitKind] | None = None,
+    ) -> list[Layout]:
         """One layout a prompt; each distinct text is tokenised once.
 
         Args:
             patterns: what must survive.
+            kinds: of the units of each prompt's demonstrations (`UnitKind.AUTO`: as `unit_kind` finds them) where these
+                are not the settings'.
 
         Raises:
             PromptError: a prompt is empty.
         """
-        pieces = [prompt.pieces() for prompt in prompts]
-        units = self._cut([piece for some in pieces for piece in some])
+        kinds = kinds or [self._unit] * len(prompts)
+        pieces = [
+            [(piece, _kind(piece, kind)) for piece in prompt.pieces()]
+            for prompt, kind in zip(prompts, kinds, strict=True)
+        ]
+        units = self._cut(list(dict.fromkeys((piece.text, kind) for some in pieces for piece, kind in some)))
         return [
-            self._layout(some, [units[piece.text, self._kind(piece)] for piece in some], patterns) for some in pieces
+            self._layout([piece for piece, _ in some], [units[piece.text, kind] for piece, kind in some], patterns)
+            for some in pieces
         ]
 
-    def _cut(self, pieces: Sequence[Piece]) -> dict[tuple[str, UnitKind], Units]:
-        """The units of each distinct text."""
-        texts = list(dict.fromkeys(piece.text for piece in pieces))
-        tokens = dict(zip(texts, self._tokenise(texts), strict=True))
-        kinds = {(piece.text, self._kind(piece)) for piece in pieces}
-        return {
-            (text, kind): _MERGE[kind](tokens[text], text) if kind in _MERGE else tokens[text] for text, kind in kinds
-        }
+    def tokens_of(self, texts: Sequence[str]) -> list[Ints]:
+        """The tokens of texts, none of them special."""
+        return [units.ids for units in self._tokenise(texts)]
 
-    def _kind(self, piece: Piece) -> UnitKind:
-        if piece.part is Part.DEMONSTRATION or self._unit is UnitKind.TOKEN:
-            return self._unit
-        return UnitKind.WORD
+    def _cut(self, wanted: Sequence[tuple[str, UnitKind]]) -> dict[tuple[str, UnitKind], Units]:
+        """The units of each text."""
+        texts = list(dict.fromkeys(text for text, _ in wanted))
+        tokens = dict(zip(texts, self._tokenise(texts), strict=True))
+        return {
+            (text, kind): _MERGE[kind](tokens[text], text) if kind in _MERGE else tokens[text] for text, kind in wanted
+        }
 
     def _tokenise(self, texts: Sequence[str]) -> list[Units]:
         if not texts:
@@ -195,6 +206,13 @@ class LayoutMaker:
                 low = np.searchsorted(units.bounds, start, side="right") - 1
                 mask[low : np.searchsorted(units.bounds, end, side="left")] = True
         return mask
+
+
+def _kind(piece: Piece, kind: UnitKind) -> UnitKind:
+    """How a piece is cut where demonstrations are cut into ``kind``."""
+    if piece.part is not Part.DEMONSTRATION:
+        return kind if kind is UnitKind.TOKEN else UnitKind.WORD
+    return unit_kind(piece.text) if kind is UnitKind.AUTO else kind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from hashlib import blake2b
@@ -11,19 +11,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from terselm.compress.budget import BudgetController, Plan, allocate
+from terselm.compress.budget import BudgetController, Plan, allocate, quotas_of, rank_weights
 from terselm.compress.itpc import IterativeCompression
 from terselm.compress.layout import Floats32, Layout, LayoutMaker
 from terselm.compress.length import BudgetFit, Count, Length, TokenizerCounter, count_all, fit_all, smallest_budget
+from terselm.compress.modes import otherwise, settings_for
 from terselm.compress.prompt import Part, Prompt
+from terselm.compress.ranking import Ranking
+from terselm.compress.relevance import Relevance, UnitScores, scores_units
 from terselm.compress.result import CompressionResult, DecisionArrays, Reason
-from terselm.compress.settings import CompressionSettings, Selection
+from terselm.compress.selection import RankedSelection
+from terselm.compress.settings import CompressionSettings, RankBy, Selection
 from terselm.models import CausalLM
 
 if TYPE_CHECKING:
     from terselm.compress.engine.reader import ScoreReader
     from terselm.statistics import Floats, Ints
 
+StageTwo = IterativeCompression | RankedSelection
 _CODE = {reason: code for code, reason in enumerate(Reason)}
 
 
@@ -32,14 +37,19 @@ class _Job:
     """A prompt that has to become shorter, and what is known of it.
 
     Attributes:
+        settings: with what they leave open decided for this prompt.
+        asks: what its demonstrations are ranked for.
         original, budget: tokens, as the caller counts them.
         read: surprisals of demonstrations by themselves, by number of the demonstration.
-        ranks: random numbers in the place of perplexities (an ablation).
+        ranks: other numbers in the place of perplexities: what demonstrations are worth for the question, or random
+            ones (an ablation).
         tokens_read, tokens_cached: in Stage 1, or in Stage 3.
     """
 
     layout: Layout
     controller: BudgetController
+    settings: CompressionSettings
+    asks: str
     original: int
     budget: int
     read: dict[int, Floats32] = field(default_factory=dict)
@@ -53,6 +63,16 @@ class _Job:
             return self.ranks
         means = {index: float(values.mean(dtype=np.float64)) for index, values in self.read.items()}
         return {index: float(np.exp(min(mean, 700.0))) for index, mean in means.items()}
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether its demonstrations are ranked for the question."""
+        return self.settings.rank_by is not RankBy.SURPRISAL
+
+    def charge(self, reading: Ranking | UnitScores) -> None:
+        """Count what the small LM read to rank by."""
+        self.tokens_read += reading.tokens_read
+        self.tokens_cached += reading.tokens_cached
 
     @cached_property
     def chance(self) -> np.random.Generator:
@@ -76,6 +96,7 @@ class Pipeline:
         self._reader = reader
         self.count = TokenizerCounter(lm.tokenizer)
         self.layouts = LayoutMaker(self.count.backend, settings)
+        self._relevance = Relevance(settings, self.layouts.tokens_of, reader)
 
     def run(
         self,
@@ -91,7 +112,8 @@ class Pipeline:
             counter: the caller's; the small LM's if None.
         """
         count = counter or self.count
-        layouts = self.layouts.make(prompts, patterns)
+        chosen = [settings_for(prompt, self._settings) for prompt in prompts]
+        layouts = self.layouts.make(prompts, patterns, [settings.unit for settings in chosen])
         originals = count_all(count, [layout.text(np.ones(len(layout), dtype=bool)) for layout in layouts])
         results: dict[int, CompressionResult] = {}
         jobs: dict[int, _Job] = {}
@@ -103,21 +125,28 @@ class Pipeline:
                 results[number] = _unchanged(layout, original, budget)
                 continue
             tokens = budget if counter is None else budget * layout.total_tokens // max(1, original)
-            controller = allocate(layout, tokens, prompt, self._settings, partial(_excess, count, budget))
-            jobs[number] = _Job(layout=layout, controller=controller, original=original, budget=budget)
+            over = partial(_excess, count, budget)
+            settings = chosen[number]
+            controller = allocate(layout, tokens, prompt, settings, over)
+            if (other := otherwise(controller, settings, self._settings)) is not None:
+                settings = other
+                layout = self.layouts.make([prompt], patterns, [settings.unit])[0]
+                controller = allocate(layout, tokens, prompt, settings, over)
+            jobs[number] = _Job(
+                layout=layout,
+                controller=controller,
+                settings=settings,
+                asks=prompt.asks,
+                original=original,
+                budget=budget,
+            )
         results |= zip(jobs, self._shorten(list(jobs.values()), count), strict=True)
         return [results[number] for number in range(len(prompts))]
 
     def _shorten(self, jobs: Sequence[_Job], count: Count) -> list[CompressionResult]:
         self._read_demonstrations(jobs)
         plans = [job.controller.plan(job.perplexities()) for job in jobs]
-        stages = [self._stage_two(plan) for plan in plans]
-        if self._settings.ablations.random_tokens:
-            for job, plan, stage in zip(jobs, plans, stages, strict=True):
-                job.layout = plan.layout
-                _keep_at_random(stage, job.chance)
-        else:
-            self._reader.run_stage_two(stages)
+        stages = self._stage_two(jobs, plans)
         fits = [
             BudgetFit(plan.layout, stage.kept, stage.margin, partial(self._spare, job, plan), job.budget, count)
             for job, plan, stage in zip(jobs, plans, stages, strict=True)
@@ -131,8 +160,15 @@ class Pipeline:
                 pieces = [job.layout.pieces[n] for n in job.layout.numbers(Part.DEMONSTRATION)]
                 numbers = job.chance.random(len(pieces)).tolist()
                 job.ranks = {piece.index: number for piece, number in zip(pieces, numbers, strict=True)}
-        else:
-            self._read([job for job in jobs if job.controller.needs_perplexities])
+            return
+        self._read([job for job in jobs if not job.is_ranked and job.controller.needs_perplexities])
+        asked = [job for job in jobs if job.is_ranked and len(job.layout.numbers(Part.DEMONSTRATION)) > 1]
+        if not asked:
+            return
+        rankings = self._relevance.of_demonstrations([(job.asks, job.layout) for job in asked])
+        for job, (scores, ranking) in zip(asked, rankings, strict=True):
+            job.ranks = scores
+            job.charge(ranking)
 
     def _read(self, jobs: Sequence[_Job]) -> None:
         if not jobs:
@@ -142,15 +178,60 @@ class Pipeline:
             job.tokens_read += reading.tokens_read
             job.tokens_cached += reading.tokens_cached
 
-    def _stage_two(self, plan: Plan) -> IterativeCompression:
+    def _stage_two(self, jobs: Sequence[_Job], plans: Sequence[Plan]) -> list[StageTwo]:
+        """Stage 2 of each prompt, done."""
+        scored = {number for number, job in enumerate(jobs) if scores_units(job.settings) and plans[number].selected}
+        iterations: dict[int, IterativeCompression] = {}
+        for number, (job, plan) in enumerate(zip(jobs, plans, strict=True)):
+            stage = self._iterations(job, plan, demonstrations=number not in scored)
+            if number not in scored or stage.has_free_units:
+                iterations[number] = stage
+        if self._settings.ablations.random_tokens:
+            for number, stage in iterations.items():
+                jobs[number].layout = plans[number].layout
+                _keep_at_random(stage, jobs[number].chance)
+        else:
+            self._reader.run_stage_two(list(iterations.values()))
+        done: dict[int, StageTwo] = {**iterations}
+        done |= self._choose_units({n: (jobs[n], plans[n], iterations.get(n)) for n in sorted(scored)})
+        return [done[number] for number in range(len(jobs))]
+
+    def _choose_units(
+        self, jobs: Mapping[int, tuple[_Job, Plan, IterativeCompression | None]]
+    ) -> dict[int, RankedSelection]:
+        if not jobs:
+            return {}
+        asked = [(job.asks, plan.layout, plan.selected, job.ranks or {}) for job, plan, _ in jobs.values()]
+        if self._settings.contrast:
+            scored = self._relevance.contrast([some[:3] for some in asked])
+        else:
+            scored = self._relevance.of_units(asked)
+        done = {}
+        for (number, (job, plan, others)), units in zip(jobs.items(), scored, strict=True):
+            job.charge(units)
+            quotas = None
+            if job.settings.rank_delta:
+                quotas = quotas_of(plan, rank_weights(plan, job.perplexities(), job.settings.rank_delta))
+            done[number] = RankedSelection(
+                plan.layout, plan.parts, plan.budgets, units.scores, units.parents, quotas=quotas, others=others
+            )
+        return done
+
+    def _iterations(self, job: _Job, plan: Plan, *, demonstrations: bool) -> IterativeCompression:
+        instruction, chosen, question = plan.parts
+        weights = None
+        if demonstrations and job.settings.rank_delta and plan.selected:
+            weight = rank_weights(plan, job.perplexities(), job.settings.rank_delta)
+            weights = np.array([weight.get(int(n), 1) for n in plan.layout.piece_of], dtype=np.int64)
         return IterativeCompression(
             plan.layout,
-            plan.parts,
+            [instruction, chosen if demonstrations else chosen[:0], question],
             plan.budgets,
-            segment_size=self._settings.segment_size,
+            segment_size=job.settings.segment_size,
             window=self._window,
-            one_pass=self._settings.ablations.one_pass,
-            next_token=self._settings.ablations.next_token,
+            one_pass=job.settings.ablations.one_pass,
+            next_token=job.settings.ablations.next_token,
+            weights=weights,
         )
 
     def _spare(self, job: _Job, plan: Plan) -> Ints:
@@ -187,7 +268,7 @@ def _unchanged(layout: Layout, original: int, budget: int) -> CompressionResult:
     )
 
 
-def _shortened(job: _Job, plan: Plan, stage: IterativeCompression, fit: BudgetFit) -> CompressionResult:
+def _shortened(job: _Job, plan: Plan, stage: StageTwo, fit: BudgetFit) -> CompressionResult:
     layout, kept = plan.layout, fit.kept
     reasons = np.where(stage.segment_of >= 0, _CODE[Reason.BELOW_THRESHOLD], _CODE[Reason.DEMONSTRATION_DROPPED])
     reasons[stage.kept] = _CODE[Reason.OVER_BUDGET]
@@ -205,7 +286,7 @@ def _shortened(job: _Job, plan: Plan, stage: IterativeCompression, fit: BudgetFi
     )
 
 
-def _surprisals(job: _Job, layout: Layout, stage: IterativeCompression) -> Floats:
+def _surprisals(job: _Job, layout: Layout, stage: StageTwo) -> Floats:
     """``(n_units,)``, nats: given what was kept before, else in the demonstration by itself, else NaN."""
     surprisal = np.full(len(layout), np.nan)
     for number in layout.numbers(Part.DEMONSTRATION):

@@ -36,7 +36,8 @@ class Prompt:
     """An instruction, demonstrations (or retrieved documents), and a question; each may be absent.
 
     Attributes:
-        pinned: numbers, from 0, of demonstrations that take part ahead of all others, whatever their perplexity.
+        pinned: numbers, from 0, of demonstrations that take part ahead of all others, whatever their rank.
+        ranked_for: what the demonstrations are ranked for where that is not the question; it is no part of the text.
 
     Raises:
         PromptError: a text is not a string, or not valid Unicode; a pinned demonstration that there is not.
@@ -46,6 +47,7 @@ class Prompt:
     demonstrations: Sequence[str] = ()
     question: str = ""
     pinned: Sequence[int] = ()
+    ranked_for: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.demonstrations, str):
@@ -53,14 +55,28 @@ class Prompt:
         if not isinstance(self.demonstrations, Iterable):
             raise PromptError(f"demonstrations is a {type(self.demonstrations).__name__}; expected a list of strings")
         object.__setattr__(self, "demonstrations", tuple(self.demonstrations))
-        named = [(f"demonstrations[{i}]", text) for i, text in enumerate(self.demonstrations)]
-        for name, text in [("instruction", self.instruction), *named, ("question", self.question)]:
+        for name, text in self._named():
             if not isinstance(text, str):
                 raise PromptError(f"{name} is a {type(text).__name__}; expected a string")
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise PromptError(f"{name} holds half a surrogate pair at character {error.start}") from None
+        self._check_pinned()
+
+    @property
+    def asks(self) -> str:
+        """What the demonstrations are ranked for."""
+        return self.ranked_for or self.question
+
+    def pieces(self) -> list[Piece]:
+        """What is not empty, in the order instruction, demonstrations, question."""
+        pieces = [Piece(part=Part.INSTRUCTION, index=0, text=self.instruction)]
+        pieces += [Piece(part=Part.DEMONSTRATION, index=i, text=text) for i, text in enumerate(self.demonstrations)]
+        pieces.append(Piece(part=Part.QUESTION, index=0, text=self.question))
+        return [piece for piece in pieces if piece.text]
+
+    def _check_pinned(self) -> None:
         pinned: object = self.pinned  # from a caller without types, or a row
         if isinstance(pinned, str) or not isinstance(pinned, Iterable):
             raise PromptError(f"pinned is {pinned!r}; expected a list of numbers of demonstrations")
@@ -72,15 +88,12 @@ class Prompt:
                     f"pinned holds {number!r}, but the prompt has {count} demonstrations; they are numbered from 0"
                 )
 
-    def pieces(self) -> list[Piece]:
-        """What is not empty, in the order instruction, demonstrations, question."""
-        pieces = [Piece(part=Part.INSTRUCTION, index=0, text=self.instruction)]
-        pieces += [Piece(part=Part.DEMONSTRATION, index=i, text=text) for i, text in enumerate(self.demonstrations)]
-        pieces.append(Piece(part=Part.QUESTION, index=0, text=self.question))
-        return [piece for piece in pieces if piece.text]
+    def _named(self) -> list[tuple[str, str]]:
+        named = [(f"demonstrations[{i}]", text) for i, text in enumerate(self.demonstrations)]
+        return [("instruction", self.instruction), *named, ("question", self.question), ("ranked_for", self.ranked_for)]
 
 
-PROMPT_KEYS = tuple(field.name for field in fields(Prompt))
+PROMPT_KEYS = tuple(field.name for field in fields(Prompt) if field.name != "ranked_for")
 """The keys of a prompt that is written as a JSON object."""
 
 

@@ -17,6 +17,7 @@ EXAMPLES_ANCHOR = 1.0  # see docs/results.md
 class UnitKind(StrEnum):
     """The smallest thing that is kept or dropped."""
 
+    AUTO = "auto"  # ranked for a question: sentences, or lines in logs, code and data; otherwise tokens
     TOKEN = "token"
     WORD = "word"
     SENTENCE = "sentence"  # of a demonstration; instruction and question are then cut into words
@@ -35,7 +36,19 @@ class Order(StrEnum):
     """In which order the demonstrations stand in the compressed prompt."""
 
     ORIGINAL = "original"
-    RANKED = "ranked"  # the most surprising first
+    RANKED = "ranked"  # the best first
+    FIRST_AND_LAST = "first_and_last"  # the best first, the second last, and so on: the middle is read least
+
+
+class RankBy(StrEnum):
+    """What decides which demonstrations stay, and which of their sentences or lines."""
+
+    AUTO = "auto"  # see `CompressionSettings`
+    SURPRISAL = "surprisal"  # what the small LM does not expect, as LLMLingua has it
+    QUESTION = "question"  # how likely the small LM finds the question after it, as LongLLMLingua has it
+    BM25 = "bm25"  # words that it shares with the question
+    EMBEDDING = "embedding"  # how near its embedding is to the question's
+    RERANKER = "reranker"  # what a cross-encoder says of it and the question
 
 
 class Selection(StrEnum):
@@ -90,6 +103,17 @@ class CompressionSettings:
         separator: what joins instruction, demonstrations and question; may be empty.
         unit: the smallest thing that is kept or dropped.
         order: of the demonstrations, before Stage 2 reads them.
+        rank_by: what demonstrations are ranked by. Unless it is ``surprisal`` or the unit a token or a word, their
+            sentences or lines are ranked so, too, and taken whole, the best first. ``auto``: the question
+            (``embedding`` where a ranker is named) where there is one, the demonstrations are not worked examples (see
+            ``anchor``), and ``k``, the rates, ``segment_size``, ``unit``, ``order``, ``anchor``, ``anchor_by`` and
+            ``ablations`` are as here; else surprisal.
+        ranker: the model of ``embedding`` (by default ``minilm-l6``; or a folder or hub id of an encoder) or
+            ``reranker`` (a folder or hub id of a cross-encoder).
+        contrast: tokens or words are scored by how much less surprising the question makes them, instead of by
+            surprisal, in one pass.
+        rank_delta: δ in [0, 1]: what the best demonstration that takes part is kept above the common rate, and the
+            last below it; those between by rank.
         anchor: share in [0, 1] of what the budget leaves for demonstrations that goes to some of them kept whole, and
             to the end of one more; 1 keeps nothing else. Small targets read that best. None: `EXAMPLES_ANCHOR` where
             the demonstrations are worked examples (two or more that begin as the question does, with a word such as
@@ -109,15 +133,19 @@ class CompressionSettings:
     question_rate: float | None = None
     segment_size: int = 100
     separator: str = "\n\n"
-    unit: UnitKind = UnitKind.TOKEN
+    unit: UnitKind = UnitKind.AUTO
     order: Order = Order.ORIGINAL
+    rank_by: RankBy = RankBy.AUTO
+    ranker: str | None = None
+    contrast: bool = False
+    rank_delta: float = 0.0
     anchor: float | None = None
     anchor_by: AnchorOrder = AnchorOrder.SHORTEST
     cache_bytes: int = 64 << 20
     ablations: Ablations = field(default_factory=Ablations)
 
     def __post_init__(self) -> None:
-        kinds = {"unit": UnitKind, "order": Order, "anchor_by": AnchorOrder}
+        kinds = {"unit": UnitKind, "order": Order, "anchor_by": AnchorOrder, "rank_by": RankBy}
         unknown = [fault for name, kind in kinds.items() for fault in _to_enum(self, name, kind)]
         refuse([*self._out_of_range(), *unknown])
 
@@ -134,6 +162,22 @@ class CompressionSettings:
             yield f"segment_size is {self.segment_size}; expected at least 1 token"
         if self.cache_bytes < 0:
             yield f"cache_bytes is {self.cache_bytes}; expected a number of bytes, 0 for no cache"
+        yield from self._ranking_faults()
+
+    def _ranking_faults(self) -> Iterator[str]:
+        if not 0 <= self.rank_delta <= 1:
+            yield f"rank_delta is {self.rank_delta}; expected a number in [0, 1]"
+        if self.ranker is not None and self.rank_by not in (RankBy.AUTO, RankBy.EMBEDDING, RankBy.RERANKER):
+            yield f"ranker is {self.ranker!r}, but rank_by is {self.rank_by}, which needs no model; choose embedding"
+        if self.rank_by is RankBy.RERANKER and self.ranker is None:
+            yield "rank_by is reranker, but no ranker is named; give the folder or hub id of a cross-encoder"
+        if self.contrast and self.unit not in (UnitKind.AUTO, UnitKind.TOKEN, UnitKind.WORD):
+            yield f"contrast scores tokens or words, but unit is {self.unit}; choose unit token or word"
+        if (self.contrast or self.rank_delta) and self.rank_by is RankBy.SURPRISAL:
+            name = "contrast" if self.contrast else "rank_delta"
+            yield f"{name} needs the question, but rank_by is surprisal; choose rank_by question"
+        if self.rank_by not in (RankBy.AUTO, RankBy.SURPRISAL) and self.ablations != Ablations():
+            yield f"ablations take parts out of ranking by surprisal, but rank_by is {self.rank_by}; choose surprisal"
 
 
 def paper_settings(**changes: Any) -> CompressionSettings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING
@@ -18,6 +18,8 @@ from terselm.errors import ModelError
 from terselm.models.memory import in_halves, text_too_large
 
 if TYPE_CHECKING:
+    import torch
+
     from terselm.statistics import Ints
 
 _NOTHING = np.zeros(0, dtype=np.int64)
@@ -36,6 +38,19 @@ class Reading:
     surprisals: dict[int, Floats32]
     tokens_read: int = 0
     tokens_cached: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingAfter:
+    """Texts, each read after another.
+
+    Attributes:
+        nats: of each, ``(n_tokens,)`` float32, its surprisals.
+        counts: of each, tokens that the model read for it, what stands before included, and tokens that were known.
+    """
+
+    nats: list[Floats32]
+    counts: list[tuple[int, int]]
 
 
 class ScoreReader:
@@ -77,6 +92,42 @@ class ScoreReader:
                     reading.tokens_cached += len(ids)
             readings.append(reading)
         return readings
+
+    @property
+    def window(self) -> int:
+        return self._engine.window
+
+    @property
+    def device(self) -> torch.device:
+        return self._engine.device
+
+    def read_alone(self, texts: Sequence[Ints]) -> ReadingAfter:
+        """Surprisals of texts that each stand alone; one longer than the window is read in pieces."""
+        return self._read(
+            [(_NOTHING, text) for text in texts], lambda pairs: self._engine.score_texts([b for _, b in pairs])
+        )
+
+    def read_after(self, pairs: Sequence[tuple[Ints, Ints]]) -> ReadingAfter:
+        """Surprisals of the second text of each pair after the first; both together fit into the window."""
+        return self._read(pairs, self._engine.score_after)
+
+    def _read(
+        self, pairs: Sequence[tuple[Ints, Ints]], score: Callable[[Sequence[tuple[Ints, Ints]]], list[Floats32]]
+    ) -> ReadingAfter:
+        """What is not in the cache is scored, each distinct pair once."""
+        keys = [ScoreCache.key(*pair) for pair in pairs]
+        known = {key: values for key in keys if (values := self._cache.get(key)) is not None}
+        unread = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
+        new = dict(zip(unread, score(list(unread.values())) if unread else [], strict=True))
+        for key, values in new.items():
+            self._cache.put(key, values)
+        counts = []
+        charged = set(known)
+        for key, (before, text) in zip(keys, pairs, strict=True):
+            counts.append((0, len(text)) if key in charged else (1 + len(before) + len(text), 0))
+            charged.add(key)
+        known |= new
+        return ReadingAfter(nats=[known[key] for key in keys], counts=counts)
 
     def run_stage_two(self, stages: Sequence[IterativeCompression]) -> None:
         """Take all prompts through Stage 2: together, but for those that may outgrow the window."""

@@ -62,6 +62,7 @@ class SurprisalEngine:
         self.lm = lm
         self.start_id = lm.start_id
         self.window = lm.window
+        self.device = self._forward.device
 
     def score_texts(self, texts: Sequence[Ints]) -> list[Floats32]:
         """Surprisals of texts that each stand alone, after BOS.
@@ -74,6 +75,21 @@ class SurprisalEngine:
         Returns:
             one ``(T_i,)`` float32 array a text, nats.
         """
+        return self._score(texts, [0] * len(texts), "pieces")
+
+    def score_after(self, pairs: Sequence[tuple[Ints, Ints]]) -> list[Floats32]:
+        """Surprisals of texts that each follow another one, which follows BOS.
+
+        Args:
+            pairs: token ids of what stands before, ``(P_i,)``, and of the text, ``(T_i,)``; both fit into the window.
+
+        Returns:
+            one ``(T_i,)`` float32 array a pair, nats.
+        """
+        rows = [np.concatenate(pair) for pair in pairs]
+        return self._score(rows, [len(before) for before, _ in pairs], "overlap")
+
+    def _score(self, rows: Sequence[Ints], skips: Sequence[int], window: str) -> list[Floats32]:
         from terselm.models.scoring import RowScorer, Window  # many prompts need no such text
 
         scorer = RowScorer(
@@ -82,8 +98,8 @@ class SurprisalEngine:
             states_of=self._graphs.texts if self._graphs is not None else None,
             give_back=self.give_back_memory,
         )
-        scores = dict(scorer.score(texts, window=Window.PIECES))
-        return [scores[number].nats for number in range(len(texts))]
+        scores = dict(scorer.score(rows, skips=skips, window=Window(window)))
+        return [scores[number].nats for number in range(len(rows))]
 
     def rows_at_once(self, longest: int) -> int:
         """How many prompts, none of which reads more than ``longest`` tokens, advance together in the free memory."""

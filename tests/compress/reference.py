@@ -13,6 +13,16 @@ from typing import Any
 import torch
 from reference_budget import control_budget, keep_anchor, settle
 from reference_pieces import Keep, Piece, Unit, read_pieces, tokenise, write
+from reference_ranking import (
+    choose,
+    decide,
+    log_likelihood,
+    otherwise,
+    parents_of,
+    rates_by_rank,
+    scores_units,
+    unit_scores,
+)
 
 from terselm.errors import BudgetError
 
@@ -73,13 +83,23 @@ def join(units: Sequence[Unit], last: int | None, separator: list[int]) -> tuple
     return ids, begins
 
 
-def compress_parts(lm: Any, parts: list[tuple[list[Unit], int]], separator: list[int], size: int) -> list[Unit]:
-    """The kept units of parts given as (units, budget); sets every unit's surprisal, segment and margin."""
+def compress_parts(
+    lm: Any,
+    parts: list[tuple[list[Unit], int]],
+    separator: list[int],
+    size: int,
+    weights: dict[int, int] | None = None,
+) -> list[Unit]:
+    """The kept units of parts given as (units, budget); sets every unit's surprisal, segment and margin.
+
+    A budget is spread over the tokens in proportion to the weights of their pieces (1 by default).
+    """
+    weights = weights or {}
     kept: list[Unit] = []
     prefix: list[int] = []
     number = 0
     for units, budget in parts:
-        free_tokens = sum(unit.cost for unit in units if not unit.protected)
+        free_tokens = sum(unit.cost * weights.get(unit.piece, 1) for unit in units if not unit.protected)
         free_read = free_kept = 0
         for segment in cut_into_segments(units, size):
             last = kept[-1].piece if kept else None
@@ -92,13 +112,44 @@ def compress_parts(lm: Any, parts: list[tuple[list[Unit], int]], separator: list
                 unit.segment = number
             number += 1
             free = [unit for unit in segment if not unit.protected]
-            free_read += sum(unit.cost for unit in free)
+            free_read += sum(unit.cost * weights.get(unit.piece, 1) for unit in free)
             allowed = budget * free_read // free_tokens - free_kept if free_tokens else 0
             taken = take_most_surprising(free, allowed)
             free_kept += sum(unit.cost for unit in taken)
             survivors = [unit for unit in segment if unit.protected or unit in taken]
             prefix += join(survivors, last, separator)[0]
             kept += survivors
+    return kept
+
+
+def take_ranked(
+    lm: Any,
+    prompt: Any,
+    settings: Any,
+    parts: list[tuple[list[Unit], int]],
+    chosen: list[Piece],
+    weights: dict[int, int],
+    separator: list[int],
+    *,
+    alone: bool,
+) -> list[Unit]:
+    """Stage 2 where the demonstrations' units are taken by what they are worth for the question."""
+    instruction, (units, budget), question = parts
+    others = instruction[0] + question[0]
+    if any(not unit.protected for unit in others):
+        kept = compress_parts(lm, [instruction, question], separator, settings.segment_size)
+    else:
+        kept = others
+    number = max((unit.segment for unit in others if unit.segment is not None), default=-1) + 1
+    scores = unit_scores(lm, surprisals, prompt, settings, chosen, alone=alone)
+    budgets: list[tuple[list[Piece] | None, int]] = [(None, budget)]
+    if settings.rank_delta:
+        shares = [weights[piece.units[0].piece] * piece.free for piece in chosen]
+        budgets = [([p], budget * share // max(1, sum(shares))) for p, share in zip(chosen, shares, strict=True)]
+    parents = {} if settings.contrast else parents_of(chosen)
+    kept += choose(units, budgets, scores, parents)
+    for unit in units:
+        unit.segment = number
     return kept
 
 
@@ -141,7 +192,11 @@ def enforce(
         alive -= {order[id(unit)] for unit in losers[:m]}
         losers = losers[m:]
         c = counted(alive)
-    dropped = [unit for unit in everything if unit.segment is not None and order[id(unit)] not in alive]
+    dropped = [
+        unit
+        for unit in everything
+        if unit.segment is not None and unit.margin is not None and order[id(unit)] not in alive
+    ]
     queue = [*sorted(dropped, key=lambda unit: (-unit.margin, order[id(unit)])), *spare]
     m = None
     while queue and (not alive or 100 * c < 98 * budget):
@@ -182,6 +237,7 @@ def compress(
         BudgetError: as the specification says, with ``smallest``.
     """
     count = counter or (lambda text: len(tokenise(lm.tokenizer, text)))
+    asked, settings = settings, decide(prompt, settings)
     pieces = read_pieces(lm, prompt, keep, settings)
     everything = [unit for piece in pieces for unit in piece.units]
     original = write(everything, settings.separator)
@@ -205,13 +261,26 @@ def compress(
     settings = settle(pieces, prompt, target, len(separator), settings, over)
     if settings.anchor:
         keep_anchor(pieces, target, len(separator), settings, prompt.pinned, over)
+    if (other := otherwise(pieces, target, len(separator), settings, asked)) is not None:
+        return compress(lm, prompt, other, budget=budget, keep=keep, counter=counter)
 
-    chosen, shares = control_budget(
-        pieces, target, len(separator), settings, lambda piece: read_alone(lm, piece), prompt.pinned
-    )
-    if settings.order == "ranked":
+    alone = sum(piece.part == "demonstration" for piece in pieces) < 2
+
+    def read(piece: Piece) -> None:
+        if settings.rank_by == "surprisal":
+            read_alone(lm, piece)
+        elif not alone:
+            asks = prompt.ranked_for or prompt.question
+            piece.perplexity = log_likelihood(lm, surprisals, asks, piece.text, whole=True)
+
+    chosen, shares = control_budget(pieces, target, len(separator), settings, read, prompt.pinned)
+    if settings.order != "original":
+        ranked = sorted((p for p in pieces if p.part == "demonstration"), key=lambda piece: -piece.perplexity)
+        if settings.order == "first_and_last":
+            ranked = ranked[::2] + ranked[1::2][::-1]
+        place = {id(piece): place for place, piece in enumerate(ranked)}
         rank = {"instruction": 0, "demonstration": 1, "question": 2}
-        pieces.sort(key=lambda piece: (rank[piece.part], -piece.perplexity if piece.part == "demonstration" else 0.0))
+        pieces.sort(key=lambda piece: (rank[piece.part], place.get(id(piece), 0)))
         everything = [unit for piece in pieces for unit in piece.units]
         chosen = [piece for piece in pieces if piece in chosen]
     of = {part: [p for p in pieces if p.part == part] for part in ("instruction", "demonstration", "question")}
@@ -223,7 +292,14 @@ def compress(
         ),
         ([unit for piece in of["question"] for unit in piece.units], shares.question),
     ]
-    kept = compress_parts(lm, parts, separator, settings.segment_size)
+    weights = {}
+    if settings.rank_delta and chosen:
+        rates = rates_by_rank(chosen, shares.demonstrations, settings.rank_delta)
+        weights = {piece.units[0].piece: rate for piece, rate in zip(chosen, rates, strict=True)}
+    if scores_units(settings) and chosen:
+        kept = take_ranked(lm, prompt, settings, parts, chosen, weights, separator, alone=alone)
+    else:
+        kept = compress_parts(lm, parts, separator, settings.segment_size, weights)
     outside = sorted(of["demonstration"], key=lambda piece: -piece.perplexity)
     spare = [unit for piece in outside for unit in piece.units if unit.segment is None]
     final = enforce(everything, kept, spare, budget, count, settings.separator)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from terselm.compress.context import unit_kind
+
 Keep = str | re.Pattern[str]
 Token = tuple[int, int, int]  # id, start, end (characters in the piece)
 
@@ -25,7 +27,7 @@ class Unit:
     protected: bool = False
     surprisal: float | None = None
     segment: int | None = None
-    margin: float = 0.0
+    margin: float | None = 0.0  # None: not to be taken back
 
     @property
     def cost(self) -> int:
@@ -148,10 +150,11 @@ def read_pieces(lm: Any, prompt: Any, keep: Sequence[Keep], settings: Any) -> li
         cut = cut_into_units(tokenise(lm.tokenizer, text), len(text))
         if not cut:
             continue
-        if settings.unit == "word" or (settings.unit != "token" and part != "demonstration"):
+        unit = settings.unit if settings.unit != "auto" or part != "demonstration" else unit_kind(text)
+        if unit == "word" or (unit != "token" and part != "demonstration"):
             cut = cut_into_words(text, cut)
-        elif settings.unit != "token":
-            cut = cut_by_rule(text, cut, settings.unit)
+        elif unit != "token":
+            cut = cut_by_rule(text, cut, unit)
         spans = protected_spans(text, keep)
         units = [Unit(part, index, len(pieces), text[start:end], start, end, ids) for ids, start, end in cut]
         for unit in units:

@@ -9,8 +9,8 @@ import pytest
 from fakes import random_lm
 
 from terselm import CompressionSettings, Prompt, PromptCompressor
-from terselm.compress.budget import anchor_for
 from terselm.compress.layout import cut_units, merge_lines, merge_sentences
+from terselm.compress.modes import anchor_for
 from terselm.compress.settings import EXAMPLES_ANCHOR
 from terselm.errors import ConfigError
 

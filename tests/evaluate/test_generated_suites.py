@@ -58,11 +58,14 @@ def test_a_fact_is_asked_for_forty_turns_later() -> None:
 def test_the_suites_read_answers_and_look_for_them_in_prompts() -> None:
     suite = load_suite(SuiteSettings(name=SuiteName.TOOLS, questions=2, tasks=["json", "diff"]))
     assert [item.id for item in suite.items] == ["json/0", "json/1", "diff/0", "diff/1"]
-    assert suite.right is not None and suite.kept is not None
+    assert suite.right is not None
+    assert suite.kept is not None
     for item in suite.items:
         value = item.answers[0].split(" ")[-1]
-        assert suite.right(f"It is {value}.", item) and not suite.right("It is 7.", item)
-        assert suite.kept(full_text(item.prompt), item) and not suite.kept(item.answers[0], item)
+        assert suite.right(f"It is {value}.", item)
+        assert not suite.right("It is 7.", item)
+        assert suite.kept(full_text(item.prompt), item)
+        assert not suite.kept(item.answers[0], item)
     talk = load_suite(SuiteSettings(name=SuiteName.DIALOGUE, questions=3))
     assert talk.kept is not None
     assert all(talk.kept(full_text(item.prompt), item) for item in talk.items)
