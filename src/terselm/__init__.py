@@ -50,7 +50,9 @@ sys.meta_path.append(
         "MetaPathFinder",
         SimpleNamespace(
             find_spec=lambda name, path=None, target=None: (
-                import_module("terselm.moved").OldPath.spec(name) if name.startswith("terselm.") else None
+                import_module("terselm.moved").OldPath.spec(name)
+                if name.startswith("terselm.") and name != "terselm.moved"  # which an installation may lack
+                else None
             )
         ),
     )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 from package_tree import modules
 
+import terselm
 from terselm.moved import MOVED, RENAMED
 
 
@@ -56,3 +59,15 @@ def test_what_never_was_is_not_found() -> None:
         from terselm.compress import protect
     with pytest.raises(AttributeError, match=r"has moved to terselm\.compress\.prompt, which has no 'Nothing'"):
         protect.Nothing  # noqa: B018
+
+
+def test_an_installation_without_the_list_says_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "terselm").mkdir()
+    shutil.copy(terselm.__file__, tmp_path / "terselm")
+    done = subprocess.run(
+        [sys.executable, "-c", "import terselm.extras"],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.stderr.endswith("ModuleNotFoundError: No module named 'terselm.moved'\n")
