@@ -92,7 +92,8 @@ def open_target(settings: TargetSettings, folder: Path) -> Target:
     """
     if settings.base_url:
         return EndpointTarget(settings, folder / "answers.jsonl")
-    return LocalTarget(load_causal_lm(settings.model, device=settings.device, dtype=settings.dtype))
+    lm = load_causal_lm(settings.model, device=settings.device, dtype=settings.dtype)
+    return LocalTarget(lm, settings.chat)
 
 
 @dataclass(frozen=True)

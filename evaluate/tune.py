@@ -82,7 +82,8 @@ def tune(settings: TuneSettings, folder: Path) -> Tuned:
     """
     if settings.target.base_url:
         raise ConfigError("tune needs a local target: endpoints do not tell how likely they find a given answer")
-    target = LocalTarget(load_causal_lm(settings.target.model, device=settings.device, dtype=settings.target.dtype))
+    lm = load_causal_lm(settings.target.model, device=settings.device, dtype=settings.target.dtype)
+    target = LocalTarget(lm, settings.target.chat)
     small = (
         target.lm if settings.model == settings.target.model else load_causal_lm(settings.model, device=settings.device)
     )

@@ -161,7 +161,7 @@ def test_mistakes_end_with_a_sentence(tmp_path: Path) -> None:
         ("truncate:k=2", "'k=2' is no option of truncate"),
         ("terselm:no-such", "'no-such' is no option of terselm"),
         ("terselm:k=-1", "k is -1.0; expected a number above 0"),
-        ("terselm:unit=letter", "unit is 'letter'; expected one of token, word"),
+        ("terselm:unit=letter", "unit is 'letter'; expected one of auto, token, word"),
     ],
 )
 def test_unknown_options_of_methods(text: str, message: str) -> None:
