@@ -179,6 +179,14 @@ def test_method_names() -> None:
     )
 
 
+def test_methods_that_rank_for_the_question() -> None:
+    settings = parse_method("terselm:rank_by=embedding,ranker=minilm-l6,unit=line,order=ranked,rank_delta=0.3").settings
+    assert (settings.rank_by, settings.ranker, settings.unit) == ("embedding", "minilm-l6", "line")
+    assert (settings.order, settings.rank_delta) == ("ranked", 0.3)
+    assert parse_method("terselm:rank_by=question,contrast=true,unit=token").settings.contrast
+    assert parse_method("longllmlingua:model=runs/mine").model == "runs/mine"
+
+
 def test_overlap_of_kept_words() -> None:
     from terselm import PromptCompressor
 
