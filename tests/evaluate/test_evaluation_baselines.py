@@ -78,7 +78,7 @@ def test_whole_sentences_by_rank_in_their_order(name: str) -> None:
     assert shorten(name, 8) == ["eleven apples twelve"]
     assert shorten(name, 11) == ["six seven", "eleven apples twelve"]
     assert shorten(name, 14) == ["four five.", "six seven", "eleven apples twelve"]
-    assert shorten(name, 15) == ["four five.", "six seven", PROMPT.demonstrations[2]]
+    assert shorten(name, 15) == ["one two three. four five.", "six seven", "eleven apples twelve"]
 
 
 @pytest.mark.parametrize("name", ["documents-ranked", "documents-bm25"])
