@@ -164,7 +164,7 @@ def _one_of(claim: str, pair: Set[str]) -> str | None:
     if words and words[0] in pair:
         return str(words[0])
     there = pair & set(words)
-    return there.pop() if len(there) == 1 and "not" not in words else None
+    return min(there) if len(there) == 1 and "not" not in words else None
 
 
 def _words(text: str) -> list[str]:
