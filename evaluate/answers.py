@@ -204,6 +204,14 @@ def short_answer(text: str) -> str:
     return line.strip()
 
 
+def answer_right(text: str, answers: Sequence[str]) -> bool:
+    """Whether a text, or what it boxes or claims to be the answer, is an accepted answer, both normalised."""
+    said = {normalised(text)}
+    if _BOXED.search(text) or _claim(text) is not None:
+        said.add(normalised(claimed(text)))
+    return any(normalised(answer) in said for answer in answers)
+
+
 def squad_exact(text: str, answers: Sequence[str]) -> bool:
     """Whether the short answer is an accepted one and nothing else, both normalised.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from terselm.compress.prompt import Prompt
 from terselm.errors import ConfigError, DataFormatError
-from terselm.evaluate.answers import bbh_right, maths_right, normalised
+from terselm.evaluate.answers import answer_right, bbh_right, maths_right
 from terselm.evaluate.dialogue import conversations
 from terselm.evaluate.items import Item, Suite
 from terselm.evaluate.long_documents import longbench_suite, meetingbank_suite, paragraphs, qmsum_suite
@@ -304,5 +304,5 @@ def _own_prompts(settings: SuiteSettings) -> Suite:
     return Suite(
         name="prompts",
         items=items,
-        right=lambda text, item: any(normalised(text) == normalised(answer) for answer in item.answers),
+        right=lambda text, item: answer_right(text, item.answers),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from terselm.evaluate.answers import (
+    answer_right,
     bbh_right,
     claimed,
     holds_answer,
@@ -267,6 +268,22 @@ def test_squad_measures(text: str, exact: bool, f1: float) -> None:
     assert squad_f1(text, ROENTGEN) == pytest.approx(f1)
     assert squad_f1("Bob", ["Alice", "Bob"]) == 1
     assert squad_f1("Bob", []) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("Paris", True),
+        ("**Paris**.", True),
+        ("France is in Europe.\n\nThe answer is: Paris.", True),
+        ("\\boxed{\\text{Paris}}", True),
+        ("Paris\nor London", False),
+        ("I think Paris", False),
+        ("The answer is London, not Paris", False),
+    ],
+)
+def test_answers_to_ones_own_prompts(text: str, right: bool) -> None:
+    assert answer_right(text, ["Paris"]) is right
 
 
 def test_normalised() -> None:
