@@ -151,7 +151,7 @@ def test_mistakes_end_with_a_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "terselm", "evaluate", "--out", tmp_path / "out", "--methods", "shortest"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "error: unknown method 'shortest'; expected one of terselm, llmlingua, longllmlingua, truncate" in done.stderr
+    assert "error: unknown method 'shortest'; expected one of terselm, llmlingua, longllmlingua" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
