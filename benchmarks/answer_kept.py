@@ -20,16 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from terselm import CompressionSettings, Prompt, PromptCompressor
-from terselm.compress.ranking import words_of
+from terselm import CompressionSettings, PromptCompressor
 from terselm.compress.result import CompressionResult
 from terselm.evaluate.answers import holds_answer
-from terselm.extras import need
+from terselm.evaluate.nq import nq_prompts
+from terselm.evaluate.settings import Distractors
+from terselm.evaluate.suite_rows import suite_rows
 
-INSTRUCTION = (
-    "Write a high-quality answer for the given question using only the provided search results "
-    "(some of which might be irrelevant)."
-)
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
     "minilm-l6": {"ranker": "minilm-l6"},
@@ -44,10 +41,10 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     arguments = _arguments()
-    rows = [json.loads(line) for line in arguments.data.read_text(encoding="utf-8").splitlines()]
+    rows = suite_rows(arguments.data)
     numbers = range(len(rows))[slice(*(int(n) if n else None for n in arguments.rows.split(":")))]
     chosen = random.Random(arguments.seed).sample(list(numbers), min(arguments.questions, len(numbers)))
-    prompts = hardest_prompts(rows, chosen, arguments.documents, arguments.seed)
+    prompts = nq_prompts(rows, chosen, arguments.documents, arguments.seed, Distractors.HARDEST)
     compressor = PromptCompressor.from_pretrained(arguments.model, device=arguments.device)
     figures: dict[str, Any] = {}
     for name in arguments.methods or METHODS:
@@ -60,7 +57,7 @@ def main() -> None:
                 results = own.compress_batch(prompts[part], rate=rate)
                 seconds += time.perf_counter() - started
                 for number, result in zip(chosen[part], results, strict=True):
-                    kept.append(holds_answer(documents_left(result), rows[number]["answers"]))
+                    kept.append(holds_answer(documents_left(result), rows[number].texts("answers")))
                     shares.append(result.compressed_tokens / result.original_tokens)
                     read.append(result.tokens_read)
             figures.setdefault(name, {})[str(rate)] = {
@@ -78,32 +75,6 @@ def write(arguments: argparse.Namespace, chosen: Sequence[int], figures: dict[st
     asked = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     values = {"arguments": asked, "rows": list(chosen), "methods": figures}
     arguments.out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def hardest_prompts(rows: Sequence[dict[str, Any]], chosen: Sequence[int], documents: int, seed: int) -> list[Prompt]:
-    """One prompt a chosen row, with the passages that BM25 finds nearest to its question as distractors."""
-    bm25s = need("bm25s", "rank")
-    passages = [gold_passage(row) for row in rows]
-    index = bm25s.BM25()
-    index.index([words_of(f"{title} {text}") for title, text in passages], show_progress=False)
-    known = set(index.vocab_dict)
-    prompts = []
-    for number in chosen:
-        question = rows[number]["question"].strip()
-        scores = index.get_scores([word for word in words_of(question) if word in known])
-        near = [i for i in np.argsort(-scores, kind="stable").tolist() if i != number]
-        others = [i for i in near if not holds_answer(passages[i][1], rows[number]["answers"])][: documents - 1]
-        chance = random.Random(f"{seed}/{number}")
-        chance.shuffle(others)
-        others.insert(chance.randrange(documents), number)
-        texts = [f"Document [{i}](Title: {passages[n][0]}) {passages[n][1]}" for i, n in enumerate(others, start=1)]
-        prompts.append(Prompt(instruction=INSTRUCTION, demonstrations=texts, question=f"Question: {question}\nAnswer:"))
-    return prompts
-
-
-def gold_passage(row: dict[str, Any]) -> tuple[str, str]:
-    passage = next((passage for passage in row["ctxs"] if passage.get("isgold")), row["ctxs"][0])
-    return passage["title"], passage["text"]
 
 
 def documents_left(result: CompressionResult) -> str:

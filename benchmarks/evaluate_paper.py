@@ -1,12 +1,15 @@
-"""The tables of docs/results.md that local models can make: GSM8K and BIG-Bench Hard, every method, every budget.
+"""The tables of docs/results.md that local models can make: GSM8K, BIG-Bench Hard and NQ, every method, every budget.
 
     python benchmarks/evaluate_paper.py --data FOLDER --out OUT --target gemma3-270m --target smollm2-135m \\
         --llmlingua ~/.cache/terselm/peers/llmlingua-0.2.2/bin/python
+    python benchmarks/evaluate_paper.py --data FOLDER --out OUT --target qwen2.5-coder-1.5b --suites nq --generate
 
-FOLDER holds gsm8k/train.jsonl, gsm8k/test.jsonl, bbh/tasks and bbh/cot_prompts. Every suite and target is shared out
-among processes by kind of method; with `--at-once 14` they use one GPU together. All tokens are counted by the small
-LM's tokenizer. A run that was killed goes on when it is started again. `--target NAME=FOLDER` and `--small NAME=FOLDER`
-name models whose weights lie elsewhere; `--aligned NAME=FOLDER` adds a small LM that was aligned to the first target.
+FOLDER holds gsm8k/train.jsonl, gsm8k/test.jsonl, bbh/tasks, bbh/cot_prompts and nq_open/oracle.jsonl. A prompt of NQ
+has 20 documents: the one with the answer, and those that BM25 finds nearest. A target with a chat template reads
+prompts through it (`--chat`); with `--generate` its answers are judged, too. Every suite and target is shared out among
+processes by kind of method; with `--at-once 14` they use one GPU together. All tokens are counted by the small LM's
+tokenizer. A run that was killed goes on when it is started again. `--target NAME=FOLDER` and `--small NAME=FOLDER` name
+models whose weights lie elsewhere; `--aligned NAME=FOLDER` adds a small LM that was aligned to the first target.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,15 +26,17 @@ import frame
 from paper_tables.against_llmlingua import measure_peer
 from paper_tables.plan import (
     ALIGNMENT,
-    BUDGETS,
-    MATCHED,
     PEER,
     REFERENCES,
+    SHARDS,
     alignment_pairs,
     journal_for,
+    matched,
     methods_of,
     name_of,
+    peer_of,
     settings_of,
+    shards_of,
 )
 from paper_tables.tables import report
 
@@ -43,14 +49,14 @@ def main() -> int:
         measure(options)
         return 0
     began = time.perf_counter()
-    shards = ["ours", "ablated", "baselines", *(["peer"] if options.llmlingua else [])]
-    first = [(suite, target, REFERENCES) for suite in options.suites for target in options.target]
     jobs = [
-        (suite, target, shard) for shard in reversed(shards) for suite in options.suites for target in options.target
-    ]
-    jobs = [job for job in jobs if job[2] != "peer" or job[1] == options.target[0]]  # it shortens for all targets
-    if options.aligned:
-        jobs = [*((suite, options.target[0], ALIGNMENT) for suite in options.suites), *jobs]
+        (suite, target, shard)
+        for shard in (ALIGNMENT, *reversed(SHARDS))
+        for suite in options.suites
+        for target in options.target
+        if shard in shards_of(options, suite) and (shard not in (PEER, ALIGNMENT) or target == options.target[0])
+    ]  # the peer shortens for all targets
+    first = [(suite, target, REFERENCES) for suite in options.suites for target in options.target]
     with ThreadPoolExecutor(options.at_once) as pool:
         list(pool.map(lambda job: run_shard(options, *job), first))  # where one fails, its shards measure these again
         states = list(pool.map(lambda job: run_shard(options, *job), jobs))
@@ -58,18 +64,28 @@ def main() -> int:
     for job in failed:
         print(f"failed: {job}; see {log_of(options, *job)}", file=sys.stderr)
     for suite in options.suites:
-        first_target = options.target[0]
         for target in options.target:
-            whose = {"peer": first_target}  # it measures for all
-            done = [shard for shard in shards if (suite, whose.get(shard, target), shard) not in failed]
-            report(options, suite, target, done, [m for shard in done for m in methods_of(options, target, shard)])
-            if "peer" in done:
-                report(options, suite, target, ["peer"], [*MATCHED, PEER], "as_long_as_llmlingua")
-        if options.aligned and (suite, first_target, ALIGNMENT) not in failed:
-            for name, pair in alignment_pairs(options).items():
-                report(options, suite, first_target, [ALIGNMENT], pair, f"alignment_{name}")
+            report_all(options, suite, target, failed)
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
     return int(bool(failed))
+
+
+def report_all(options: argparse.Namespace, suite: str, target: str, failed: Sequence[tuple[str, str, str]]) -> None:
+    """The tables of one suite and target, of the shards that did not fail."""
+    first = options.target[0]
+    done = [
+        shard
+        for shard in SHARDS
+        if shard in shards_of(options, suite) and (suite, first if shard == PEER else target, shard) not in failed
+    ]
+    if not done:
+        return
+    report(options, suite, target, done, [name for shard in done for name in methods_of(options, suite, target, shard)])
+    if PEER in done:
+        report(options, suite, target, [PEER], [*matched(suite), peer_of(suite)], "as_long_as_llmlingua")
+    if options.aligned and target == first and (suite, first, ALIGNMENT) not in failed:
+        for name, pair in alignment_pairs(options).items():
+            report(options, suite, first, [ALIGNMENT], pair, f"alignment_{name}")
 
 
 def parse() -> argparse.Namespace:
@@ -79,12 +95,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--small", default="smollm2-135m", metavar="NAME[=FOLDER]")
     parser.add_argument("--aligned", metavar="NAME=FOLDER", help="a small LM that was aligned to the first target")
     parser.add_argument("--llmlingua", type=Path, help="interpreter or folder with llmlingua")
-    parser.add_argument("--suites", nargs="+", choices=("gsm8k", "bbh"), default=["gsm8k", "bbh"])
+    parser.add_argument("--suites", nargs="+", choices=("gsm8k", "bbh", "nq"), default=["gsm8k", "bbh"])
     parser.add_argument("--questions", type=int, default=200, help="of GSM8K")
     parser.add_argument("--sets", type=int, default=10, help="demonstration sets of GSM8K")
     parser.add_argument("--bbh-questions", type=int, default=11, help="of each task")
     parser.add_argument("--bbh-tasks", default="", help="with commas; default: all")
-    parser.add_argument("--budgets", default=",".join(BUDGETS))
+    parser.add_argument("--nq-questions", type=int, default=300)
+    parser.add_argument("--budgets", help="with commas; default: the paper's, of NQ shares of the tokens")
+    parser.add_argument("--chat", choices=("auto", "always", "never"), default="auto", help="how targets read prompts")
+    parser.add_argument("--generate", action="store_true", help="targets answer, too")
     parser.add_argument("--methods", help="instead of all of ours, separated by blanks")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", help="of target and small LM; bfloat16 is faster on some CPUs")
@@ -110,8 +129,8 @@ def log_of(options: argparse.Namespace, *job: str) -> Path:
 def measure(options: argparse.Namespace) -> None:
     """One shard, in a process of its own."""
     suite, target, shard = options.shard
-    if shard != "peer":
-        settings = settings_of(options, suite, target, methods_of(options, target, shard))
+    if shard != PEER:
+        settings = settings_of(options, suite, target, methods_of(options, suite, target, shard))
         Evaluation(settings, journal_for(options, suite, target, shard)).measure()
         return
     measure_peer(options, suite, shard)

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from terselm.compress.length import Count, plain_backend
 from terselm.compress.prompt import Prompt
+from terselm.compress.ranking import Bm25Ranker, EmbeddingRanker, QuestionRanker, Ranker
+from terselm.compress.settings import CompressionSettings, RankBy
 from terselm.evaluate.items import full_text
 from terselm.evaluate.methods import Compressed
 from terselm.models import CausalLM
@@ -57,11 +59,13 @@ class Tools:
         count: the target's tokens of a text.
         surprisals: by the small LM; only called by methods that need it.
         seed: of random choices.
+        ranker: for questions; only called by methods that need it.
     """
 
     count: Count
     surprisals: SurprisalOf
     seed: int
+    ranker: Callable[[RankBy], Ranker]
 
     def shuffled(self, prompt: Prompt, n: int) -> list[int]:
         """0 … n − 1 in a random order, which is the same for the same prompt."""
@@ -141,6 +145,19 @@ def by_likeness(prompt: Prompt, spans: Sequence[Span], tools: Tools) -> list[int
     return sorted(range(len(spans)), key=lambda n: -len(there[n] & asked) / max(1, len(there[n] | asked)))
 
 
+def by_rank(prompt: Prompt, spans: Sequence[Span], tools: Tools, ranked: RankBy, *, whole: bool = False) -> list[int]:
+    """Those first that have most to do with the question; as they stand where there is none.
+
+    Args:
+        whole: the spans are whole demonstrations.
+    """
+    if not spans or not prompt.question.strip():
+        return first_to_last(prompt, spans, tools)
+    texts = [prompt.demonstrations[i][start:end] for i, start, end in spans]
+    (ranking,) = tools.ranker(ranked).rank([(prompt.question, texts)], whole=whole)
+    return [int(number) for number in np.argsort(-ranking.scores, kind="stable")]
+
+
 def keep_demonstrations(prompt: Prompt, budget: int, tools: Tools, order: Order) -> Prompt:
     """Whole demonstrations in this order; one that does not fit is passed over."""
     chosen: list[int] = []
@@ -188,6 +205,12 @@ BASELINES: dict[str, Callable[[Prompt, int, Tools], Prompt]] = {
     "demonstrations-last": partial(keep_demonstrations, order=last_to_first),
     "demonstrations-perplexity": partial(keep_demonstrations, order=by_surprisal),
     "demonstrations-similar": partial(keep_demonstrations, order=by_likeness),
+    # Whole documents by LongLLMLingua's first step (arXiv:2310.06839), or by words.
+    "documents-ranked": partial(keep_demonstrations, order=partial(by_rank, ranked=RankBy.QUESTION, whole=True)),
+    "documents-bm25": partial(keep_demonstrations, order=partial(by_rank, ranked=RankBy.BM25, whole=True)),
+    "bm25-sentences": partial(keep_spans, cut=sentences, order=partial(by_rank, ranked=RankBy.BM25)),
+    "minilm-sentences": partial(keep_spans, cut=sentences, order=partial(by_rank, ranked=RankBy.EMBEDDING)),
+    "question-sentences": partial(keep_spans, cut=sentences, order=partial(by_rank, ranked=RankBy.QUESTION)),
     "sentences-random": partial(keep_spans, cut=sentences, order=at_random),  # §5.1 of arXiv:2310.05736
     # arXiv:2310.06201; there the phrases are spaCy's noun phrases.
     "selective-context": partial(keep_spans, cut=phrases, order=by_surprisal),
@@ -232,3 +255,46 @@ class Surprisals:
 
         lm = self._open_lm()
         return plain_backend(lm.tokenizer), RowScorer(lm)
+
+
+class Rankers:
+    """The compressor's rankers, each opened when it is first needed.
+
+    Args:
+        open_lm: gives the small LM, for the likelihood of the question.
+        device: of the encoder, as `pick_device` takes it.
+    """
+
+    def __init__(self, open_lm: Callable[[], CausalLM], device: str) -> None:
+        self._open_lm = open_lm
+        self._device = device
+        self._opened: dict[RankBy, Ranker] = {}
+
+    def __call__(self, rank_by: RankBy) -> Ranker:
+        """By BM25, by all-MiniLM-L6-v2, or by the small LM."""
+        if rank_by not in self._opened:
+            self._opened[rank_by] = self._open(rank_by)
+        return self._opened[rank_by]
+
+    def _open(self, rank_by: RankBy) -> Ranker:
+        from terselm.models.encoder import MINILM
+        from terselm.models.load import pick_device
+
+        if rank_by is RankBy.BM25:
+            return Bm25Ranker()
+        if rank_by is RankBy.EMBEDDING:
+            return EmbeddingRanker(MINILM, pick_device(self._device))
+        return self._by_question()
+
+    def _by_question(self) -> Ranker:
+        from terselm.compress.engine.reader import ScoreReader
+        from terselm.compress.engine.surprisal import SurprisalEngine
+
+        lm = self._open_lm()
+        backend = plain_backend(lm.tokenizer)
+
+        def tokenise(texts: Sequence[str]) -> list[Ints]:
+            encodings = backend.encode_batch(list(texts), add_special_tokens=False)
+            return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+        return QuestionRanker(tokenise, ScoreReader(SurprisalEngine(lm), CompressionSettings().cache_bytes))

@@ -39,6 +39,7 @@ class Conversation:
 
 _NAMES = ("Amara", "Boris", "Chen", "Dalia", "Emre", "Freya", "Goran", "Hana", "Ines", "Jonas", "Kofi", "Leila")
 _TOWNS = ("Bergen", "Porto", "Leeds", "Turin", "Ghent", "Malmo", "Graz", "Brno", "Cork", "Vigo", "Nancy", "Split")
+_FOODS = ("celery", "walnuts", "shellfish", "coriander", "aubergine", "buckwheat")
 _DISHES = ("lentil soup", "mushroom risotto", "grilled trout", "barley salad", "pumpkin pie", "bean stew")
 _SMALL_TALK = (
     ("Can you suggest something to cook for {guests} people on {day}?", "You could make {dish}; it takes {n} minutes."),
@@ -93,7 +94,8 @@ def _fact(random: Random) -> tuple[str, str, str, str, str]:
                 f"{name} does not eat {{}}, so leave it out of every menu.",
                 f"What does {name} not eat?",
                 f"{name} does not eat",
-                *random.sample(("celery", "walnuts", "shellfish", "coriander", "aubergine", "buckwheat"), 2),
+                (foods := random.sample(_FOODS, 2))[0],
+                foods[1],
             ),
         )
     )

@@ -14,7 +14,8 @@ from terselm.evaluate.settings import EvaluateSettings
 from terselm.statistics import Interval, ratio
 
 GAIN, EXACT, KEPT, OVERLAP = "gain_retained", "exact_match", "answer_kept", "oracle_overlap"
-QUALITIES = (GAIN, EXACT, KEPT, OVERLAP, "bleu", "rouge1", "rouge2", "rougeL", "bert_score")
+SHORT, F1, NATS = "squad_exact", "f1", "gold_nats"
+QUALITIES = (GAIN, EXACT, KEPT, SHORT, F1, OVERLAP, "bleu", "rouge1", "rouge2", "rougeL", "bert_score", NATS)
 
 Cell = tuple[str, str]  # method, budget
 Column = dict[str, float]  # a figure of each item, by its id
@@ -64,6 +65,9 @@ class Figuring:
             GAIN: self._gains(),
             EXACT: self._measured(lambda one: one.right),
             KEPT: self._measured(lambda one: one.answer_kept),
+            SHORT: self._measured(lambda one: one.exact),
+            F1: self._measured(lambda one: one.f1),
+            NATS: self._measured(lambda one: one.nats_a_token),
             OVERLAP: self._measured(lambda one: one.overlap),
         }
         if settings.generate and suite.right is None:

@@ -41,6 +41,7 @@ class Suite:
         items: at least one.
         right: whether an answer's text agrees with the item's answers; None where texts are compared instead.
         kept: whether a compressed prompt still holds the answer; None where it is not in the prompt by nature.
+        short: whether right answers are a few words, so that the exact match and F1 of SQuAD say something.
         max_new_tokens: of an answer.
         stop: an answer ends before the first of these.
     """
@@ -49,6 +50,7 @@ class Suite:
     items: Sequence[Item]
     right: Callable[[str, Item], bool] | None
     kept: Callable[[str, Item], bool] | None = None
+    short: bool = False
     max_new_tokens: int = 400
     stop: tuple[str, ...] = ()
 

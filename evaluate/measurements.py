@@ -28,9 +28,12 @@ class Measurement:
         answer: what the target wrote.
         target_seconds: its share of the time that the answers took.
         right: whether the answer is right.
+        exact: whether it is an accepted short answer and nothing else.
+        f1: of its words and those of an accepted short answer.
         answer_kept: whether the shortened prompt still holds the answer.
         allowed: tokens, by the budget.
         overlap: of the words kept with those that the target itself, as compressor, keeps.
+        chat: whether the target read the prompt as a turn of a chat.
     """
 
     method: str
@@ -45,9 +48,12 @@ class Measurement:
     answer: str | None = None
     target_seconds: float | None = None
     right: bool | None = None
+    exact: bool | None = None
+    f1: float | None = None
     answer_kept: bool | None = None
     allowed: int | None = None
     overlap: float | None = None
+    chat: bool | None = None
 
     @property
     def cell(self) -> tuple[str, str]:

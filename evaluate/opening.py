@@ -2,7 +2,7 @@
 
 ``terselm`` with settings after a colon (``terselm:k=1.2,anchor=0``), the paper's (``terselm:paper``), a part taken out
 by name (``terselm:no-iteration``), another small LM (``terselm:model=runs/mine``), or all of these; the baselines of
-`terselm.evaluate.baselines`; ``llmlingua``.
+`terselm.evaluate.baselines`; ``llmlingua``, and the same as ``longllmlingua``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from terselm.compress.length import Count
 from terselm.compress.settings import PAPER_INSTRUCTION_RATE, PAPER_QUESTION_RATE, CompressionSettings
 from terselm.config import load_config
 from terselm.errors import ConfigError
-from terselm.evaluate.baselines import BASELINES, Baseline, Surprisals, Tools
+from terselm.evaluate.baselines import BASELINES, Baseline, Rankers, Surprisals, Tools
 from terselm.evaluate.methods import EvaluationMethod, Ours
 from terselm.evaluate.settings import EvaluateSettings, TargetSettings
 from terselm.evaluate.targets import EndpointTarget, LocalTarget, Target
@@ -37,6 +37,17 @@ NAMED = {
 }
 OURS = "terselm"
 PEER = "llmlingua"
+PEERS: dict[str, dict[str, Any]] = {  # what `compress_prompt` is called with
+    PEER: {},
+    "longllmlingua": {  # as its authors' examples for questions over documents have it
+        "rank_method": "longllmlingua",
+        "condition_in_question": "after_condition",
+        "reorder_context": "sort",
+        "dynamic_context_compression_ratio": 0.3,
+        "condition_compare": True,
+        "context_budget": "+100",
+    },
+}
 READY = "ready"  # given by the caller
 
 
@@ -46,7 +57,7 @@ class MethodName:
 
     Attributes:
         text: as the user wrote it.
-        kind: ``terselm``, ``llmlingua`` or a baseline.
+        kind: ``terselm``, ``llmlingua``, ``longllmlingua`` or a baseline.
         model: the small LM; empty for that of the evaluation.
         settings: of ``terselm``.
     """
@@ -64,7 +75,7 @@ def parse_method(text: str) -> MethodName:
         ConfigError: an unknown method or setting.
     """
     kind, _, options = text.partition(":")
-    known = [OURS, PEER, *BASELINES]
+    known = [OURS, *PEERS, *BASELINES]
     if kind not in known:
         raise ConfigError(f"unknown method {kind!r}; expected one of {', '.join(known)}")
     model, overrides = "", []
@@ -92,7 +103,8 @@ def open_target(settings: TargetSettings, folder: Path) -> Target:
     """
     if settings.base_url:
         return EndpointTarget(settings, folder / "answers.jsonl")
-    return LocalTarget(load_causal_lm(settings.model, device=settings.device, dtype=settings.dtype))
+    lm = load_causal_lm(settings.model, device=settings.device, dtype=settings.dtype)
+    return LocalTarget(lm, settings.chat)
 
 
 @dataclass(frozen=True)
@@ -120,15 +132,20 @@ class Workshop:
         model = name.model or settings.model
         if name.kind == READY:
             yield self.ready[name.text]
-        elif name.kind == PEER:
+        elif name.kind in PEERS:
             from terselm.evaluate.peer import Llmlingua
 
-            with closing(Llmlingua(settings.llmlingua, model, settings.device)) as peer:
+            with closing(Llmlingua(settings.llmlingua, model, settings.device, PEERS[name.kind])) as peer:
                 yield peer
         elif name.kind == OURS:
             yield self._ours(name, model, lambda: self._small_lm(model))
         else:
-            tools = Tools(count=self.count, surprisals=Surprisals(lambda: self._small_lm(model)), seed=settings.seed)
+            tools = Tools(
+                count=self.count,
+                surprisals=Surprisals(lambda: self._small_lm(model)),
+                seed=settings.seed,
+                ranker=Rankers(lambda: self._small_lm(model), settings.device),
+            )
             yield Baseline(shorten=BASELINES[name.kind], tools=tools)
 
     def oracle(self, name: MethodName) -> EvaluationMethod:

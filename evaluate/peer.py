@@ -21,19 +21,23 @@ _SCRIPT = Path(__file__).with_name("peer_process.py")
 
 
 class Llmlingua:
-    """``llmlingua`` with its default settings; it takes the budget as a wish, in the small LM's tokens.
+    """``llmlingua``; it takes the budget as a wish, in the small LM's tokens.
 
     Args:
         environment: an interpreter in whose environment llmlingua is installed, or a folder that ``pip install
             --target`` installed it and its transformers into.
         model: alias or folder of the small LM.
         device: where it runs.
+        options: of its `compress_prompt`; its defaults where there are none.
 
     Raises:
         ConfigError: no such environment, or a model that is not a folder.
     """
 
-    def __init__(self, environment: Path | None, model: str, device: str) -> None:
+    def __init__(
+        self, environment: Path | None, model: str, device: str, options: Mapping[str, Any] | None = None
+    ) -> None:
+        self._options = dict(options or {})
         if environment is None or not environment.exists():
             raise ConfigError(
                 f"llmlingua is {environment}; expected the interpreter of an environment with llmlingua and "
@@ -63,7 +67,8 @@ class Llmlingua:
         compressed = []
         for prompt, budget in zip(prompts, budgets, strict=True):
             parts = {"instruction": prompt.instruction, "question": prompt.question}
-            text = self._process.ask(**parts, demonstrations=list(prompt.demonstrations), budget=budget)
+            demonstrations = list(prompt.demonstrations)
+            text = self._process.ask(**parts, demonstrations=demonstrations, budget=budget, options=self._options)
             compressed.append(Compressed(text=str(text)))
         return compressed
 

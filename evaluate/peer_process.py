@@ -35,6 +35,7 @@ def main() -> None:
             instruction=prompt["instruction"],
             question=prompt["question"],
             target_token=prompt["budget"],
+            **prompt["options"],
         )
         answers.write(json.dumps(compressed["compressed_prompt"]) + "\n")
         answers.flush()

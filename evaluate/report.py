@@ -11,7 +11,7 @@ from typing import Any
 
 from terselm import __version__
 from terselm.config import dump_config
-from terselm.evaluate.figures import EXACT, GAIN, KEPT, OVERLAP, QUALITIES, Figures
+from terselm.evaluate.figures import EXACT, F1, GAIN, KEPT, NATS, OVERLAP, QUALITIES, SHORT, Figures
 from terselm.evaluate.items import Suite
 from terselm.evaluate.measurements import NO_BUDGET
 from terselm.evaluate.settings import EvaluateSettings
@@ -23,16 +23,19 @@ _TITLES = {
     GAIN: "gain retained",
     EXACT: "exact match",
     KEPT: "answer kept",
+    SHORT: "SQuAD exact",
+    F1: "F1",
     OVERLAP: "oracle overlap",
     "bleu": "BLEU",
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
     "bert_score": "BERTScore",
+    NATS: "−log p of gold, nats a token",
 }
 _LABELS = {GAIN: "in-context gain retained", EXACT: "exact match", KEPT: "answers kept"}  # of the picture
 _LINE: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1, "capsize": 2}
-_SHARES = (GAIN, EXACT, KEPT, OVERLAP)  # shown as per cent
+_SHARES = (GAIN, EXACT, KEPT, SHORT, F1, OVERLAP)  # shown as per cent
 
 
 def write_results(folder: Path, settings: EvaluateSettings, suite: Suite, figures: Sequence[Figures]) -> str:
@@ -94,7 +97,10 @@ def differences(compare: str, figures: Sequence[Figures]) -> list[str]:
         f"({_show(name, interval, signed=True)})."
         for one in figures
         for name, interval in one.against.items()
-        if one.budget != NO_BUDGET and not interval.shown and not math.isnan(interval.low)
+        if name != NATS  # the gain says the same
+        and one.budget != NO_BUDGET
+        and not interval.shown
+        and not math.isnan(interval.low)
     ]
     return lines + [
         f"- {one.method} at {one.budget}: {one.over_budget:.0%} of its prompts exceed the budget."
@@ -117,8 +123,9 @@ def _row(one: Figures, measures: Sequence[str], timed: bool) -> list[str]:
 def _show(name: str, interval: Interval, *, signed: bool = False) -> str:
     sign = "+" if signed else ""
     scale = 100 if name in _SHARES else 1
-    value, low, high = (scale * x for x in (interval.value, interval.low, interval.high))
-    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+    digits = 3 if name == NATS else 1
+    value, low, high = (f"{scale * x:{sign}.{digits}f}" for x in (interval.value, interval.low, interval.high))
+    return f"{value} [{low}, {high}]"
 
 
 def plain(value: Any) -> Any:

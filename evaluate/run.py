@@ -13,10 +13,12 @@ from functools import cached_property
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from terselm.compress.length import resolve_counter
 from terselm.data.journal import Journal, locked
 from terselm.errors import ConfigError
+from terselm.evaluate.answers import squad_exact, squad_f1
 from terselm.evaluate.figures import Figures, Figuring
 from terselm.evaluate.items import Item, Suite, full_text
 from terselm.evaluate.measurements import FULL, JOURNAL, NO_BUDGET, ZERO, Measurement
@@ -119,7 +121,8 @@ class Evaluation:
             measurements = self._committed(journal)
             done = {one.key for one in measurements}
             missing = [(cell, [item for item in self.items if (*cell.key, item.id) not in done]) for cell in cells]
-            for batch in self._measure_missing([(cell, items) for cell, items in missing if items]):
+            left = [(cell, items) for cell, items in missing if items]
+            for batch in self._measure_missing(left, any(one.chat for one in measurements) if measurements else None):
                 journal.append(one.to_json() for one in batch)
                 measurements += batch
         keys = {cell.key for cell in cells}
@@ -153,10 +156,19 @@ class Evaluation:
             digest.update(fact.encode() + b"\x00")
         return digest.hexdigest()
 
-    def _measure_missing(self, missing: Sequence[tuple[_Cell, Sequence[Item]]]) -> Iterator[list[Measurement]]:
+    def _measure_missing(
+        self, missing: Sequence[tuple[_Cell, Sequence[Item]]], earlier_chat: bool | None
+    ) -> Iterator[list[Measurement]]:
+        """``earlier_chat``: whether what is in the journal was read as chats; None for an empty one."""
         if not missing:
             return
         target = self._target or open_target(self.settings.target, self.folder)
+        if earlier_chat is not None and earlier_chat != getattr(target, "chat", False):
+            before, mode = ("in its chat template", "always") if earlier_chat else ("as plain text", "never")
+            raise ConfigError(
+                f"{self.folder} holds an evaluation whose target read prompts {before}; set target.chat={mode} to go "
+                "on with it, or name another folder"
+            )
         if self.settings.score and not target.can_score:
             raise ConfigError("this target does not give log-probabilities; set score=false and generate=true")
         bench = _Bench(self.settings, self.suite, target, self._ready)
@@ -225,7 +237,7 @@ class _Bench:
     def _read(self, cell: _Cell, items: Sequence[Item], texts: Sequence[str]) -> list[Measurement]:
         scores = self._scores(items, texts)
         answers, seconds = self._answers(texts)
-        right, kept, (method, budget) = self._suite.right, self._suite.kept, cell.key
+        kept, (method, budget) = self._suite.kept, cell.key
         return [
             Measurement(
                 method=method,
@@ -239,11 +251,22 @@ class _Bench:
                 gold_tokens=score.tokens if score is not None else None,
                 answer=answer,
                 target_seconds=seconds,
-                right=right(answer, item) if answer is not None and right is not None and item.answers else None,
                 answer_kept=kept(text, item) if kept is not None else None,
+                chat=True if getattr(self._target, "chat", False) else None,
+                **self._judged(answer, item),
             )
             for item, text, score, answer in zip(items, texts, scores, answers, strict=True)
         ]
+
+    def _judged(self, answer: str | None, item: Item) -> dict[str, Any]:
+        """How right an answer is, by the names of `Measurement`."""
+        if answer is None or not item.answers:
+            return {}
+        right = self._suite.right
+        judged: dict[str, Any] = {} if right is None else {"right": right(answer, item)}
+        if self._suite.short:
+            judged |= {"exact": squad_exact(answer, item.answers), "f1": squad_f1(answer, item.answers)}
+        return judged
 
     def _scores(self, items: Sequence[Item], texts: Sequence[str]) -> list[Score | None]:
         """Of the gold answers; None where there is none."""

@@ -13,6 +13,7 @@ from terselm.compress.length import Count
 from terselm.config import refuse
 from terselm.errors import ConfigError
 from terselm.evaluate.items import Item, full_text
+from terselm.models.chat import ChatMode
 
 _SHOTS = {"half": 0.5, "quarter": 0.25, "one": 1.0}
 
@@ -27,7 +28,17 @@ class SuiteName(StrEnum):
     ARXIV = "arxiv"
     TOOLS = "tools"  # generated
     DIALOGUE = "dialogue"  # generated
+    LONGBENCH = "longbench"
+    MEETINGBANK = "meetingbank"
+    QMSUM = "qmsum"
     PROMPTS = "prompts"  # the user's own
+
+
+class Distractors(StrEnum):
+    """Which passages stand beside that with the answer; none of them holds an accepted answer."""
+
+    RANDOM = "random"  # any
+    HARDEST = "hardest"  # those that BM25 finds nearest to the question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +47,15 @@ class SuiteSettings:
 
     Attributes:
         name: the suite.
-        questions: how many; of BBH, for each task; of tool output, for each kind.
+        questions: how many; of BBH and LongBench, for each task; of tool output, for each kind.
         sets: how many demonstration sets GSM8K's questions are shared out among; each is drawn from the training rows.
         shots: demonstrations in a set.
         documents: passages in a prompt of NQ.
-        tasks: those of BBH, or kinds of tool output, to use; none for all.
+        distractors: which passages of other questions stand in a prompt of NQ.
+        tasks: those of BBH or LongBench, or kinds of tool output, to use; none for all.
         seed: of every draw.
-        data: a local file (GSM8K's test rows, NQ, ShareGPT, arXiv, own prompts) or folder (BBH); None for the hub.
+        data: a local file (GSM8K's test rows, NQ, ShareGPT, arXiv, LongBench, MeetingBank, QMSum, own prompts) or
+            folder (BBH); None for the hub.
         train: GSM8K's training rows; None for the hub.
         prompt: a file of demonstrations separated by blank lines (GSM8K), or the folder of BBH's chain-of-thought
             prompts; replaces drawn demonstrations.
@@ -56,6 +69,7 @@ class SuiteSettings:
     sets: int = 10
     shots: int = 9
     documents: int = 10
+    distractors: Distractors = Distractors.RANDOM
     tasks: list[str] = field(default_factory=list)
     seed: int = 0
     data: Path | None = None
@@ -76,6 +90,9 @@ class TargetSettings:
 
     Attributes:
         model: of a local target, what `load_causal_lm` takes; of an endpoint, the name it goes by there.
+        chat: whether a local target reads prompts, and writes answers, through its chat template: the prompt is a turn
+            of the user, and the answer is judged as it stands, not cut at the suite's stop strings. ``auto``: where it
+            has a template. An endpoint does as ``api`` says; with ``always`` its answers are not cut either.
         base_url: of an OpenAI-compatible endpoint; empty for a local model.
         counter: tokenizer that an endpoint's tokens are counted in; a local target has its own.
         device: of a local model.
@@ -90,7 +107,8 @@ class TargetSettings:
         price: of a million prompt tokens, in whatever currency, to say what is saved; 0 leaves that out.
     """
 
-    model: str = "gemma3-270m"
+    model: str = "qwen2.5-coder-1.5b"
+    chat: ChatMode = ChatMode.AUTO
     base_url: str = ""
     counter: str = "cl100k_base"
     device: str = "auto"
@@ -104,8 +122,17 @@ class TargetSettings:
     price: float = 0.0
 
     def __post_init__(self) -> None:
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[str]:
         if self.api not in ("chat", "completions"):
-            refuse([f"target.api is {self.api!r}; expected chat or completions"])
+            yield f"target.api is {self.api!r}; expected chat or completions"
+        if self.chat not in list(ChatMode):
+            yield f"target.chat is {self.chat!r}; expected one of {', '.join(ChatMode)}"
+        against = {"always": "completions", "never": "chat"}.get(self.chat)
+        if self.base_url and self.api == against:
+            other = "chat" if against == "completions" else "completions"
+            yield f"target.chat is {self.chat}, but the endpoint's target.api is {self.api}; choose api {other}"
 
 
 @dataclass(frozen=True, kw_only=True)

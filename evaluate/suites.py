@@ -4,9 +4,8 @@ GSM8K (arXiv:2110.14168): grade-school maths with worked answers, several exampl
 arXiv:2210.00720, which arXiv:2310.05736 compresses. BIG-Bench Hard (arXiv:2210.09261): reasoning tasks with three
 worked examples each; the chain-of-thought prompts come from the authors' repository (suzgunmirac/BIG-Bench-Hard, folder
 cot-prompts), the questions from there too, or from the hub; the tests have no worked answers, so the gold text is the
-sentence with which the examples end, "So the answer is ….". NQ: open-domain questions over several documents, with the
-prompts of arXiv:2307.03172, whose data (github.com/nelson-liu/lost-in-the-middle) is not on the hub. ShareGPT:
-dialogues. Arxiv: scientific articles. Tools and dialogue: generated, see `tool_output` and
+sentence with which the examples end, "So the answer is ….". ShareGPT: dialogues. Arxiv: scientific articles. NQ: see
+`nq`; LongBench, MeetingBank and QMSum: see `long_documents`. Tools and dialogue: generated, see `tool_output` and
 `dialogue`. And the user's own prompts.
 """
 
@@ -15,17 +14,17 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from terselm.compress.prompt import Prompt
-from terselm.data.rows import read_rows
 from terselm.errors import ConfigError, DataFormatError
-from terselm.evaluate.answers import bbh_right, holds_answer, maths_right, normalised, short_answer_right
+from terselm.evaluate.answers import answer_right, bbh_right, maths_right
 from terselm.evaluate.dialogue import conversations
 from terselm.evaluate.items import Item, Suite
+from terselm.evaluate.long_documents import longbench_suite, meetingbank_suite, paragraphs, qmsum_suite
+from terselm.evaluate.nq import nq_suite
 from terselm.evaluate.settings import SuiteName, SuiteSettings
+from terselm.evaluate.suite_rows import SuiteRow, check_enough, suite_rows
 from terselm.evaluate.tool_output import KINDS, tool_outputs
 
 _GSM8K_ID = "openai/gsm8k"
@@ -34,16 +33,11 @@ _ASK = "Let's think step by step"
 _GSM8K_CALCULATOR = re.compile(r"<<.*?>>")
 _BBH_ID = "lukaemon/bbh"
 _BBH_CANARY = "-----\n"
-_NQ_INSTRUCTION = (
-    "Write a high-quality answer for the given question using only the provided search results "
-    "(some of which might be irrelevant)."
-)
 _TOOLS_INSTRUCTION = "Answer the question with the exact value that the output of the tool shows."
 _DIALOGUE_INSTRUCTION = "Answer the question with what was said in the conversation; of what was corrected, the latest."
 _SHAREGPT_ID = "anon8231489123/ShareGPT_Vicuna_unfiltered"
 _SPEAKERS = {"human": "User", "user": "User", "gpt": "Assistant", "assistant": "Assistant"}
 _ARXIV_ID = "liyucheng/arxiv-march-2023"
-_PASSAGE_WORDS = 300
 _PROMPT_KEYS = {"instruction", "demonstrations", "question", "answer"}
 
 
@@ -56,44 +50,22 @@ def load_suite(settings: SuiteSettings) -> Suite:
     readers = {
         SuiteName.GSM8K: _gsm8k,
         SuiteName.BBH: _bbh,
-        SuiteName.NQ: _nq,
+        SuiteName.NQ: nq_suite,
         SuiteName.SHAREGPT: _sharegpt,
         SuiteName.ARXIV: _arxiv,
         SuiteName.TOOLS: _tools,
         SuiteName.DIALOGUE: _dialogue,
+        SuiteName.LONGBENCH: longbench_suite,
+        SuiteName.MEETINGBANK: meetingbank_suite,
+        SuiteName.QMSUM: qmsum_suite,
         SuiteName.PROMPTS: _own_prompts,
     }
     return readers[settings.name](settings)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    """A row of a data set.
-
-    Attributes:
-        where: the file and line, or the data set and row, for complaints.
-        number: from 1, of the line or row.
-    """
-
-    where: str
-    number: int
-    values: dict[str, Any]
-
-    def text(self, key: str) -> str:
-        """The text under ``key``.
-
-        Raises:
-            ConfigError: there is none.
-        """
-        value = self.values.get(key)
-        if not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"{self.where}: expected a text under {key!r}, got {value!r}")
-        return value
-
-
 def _gsm8k(settings: SuiteSettings) -> Suite:
     """Questions of the test rows, shared out among demonstration sets that are drawn from the training rows."""
-    test = _rows(settings.data, _GSM8K_ID, "main", "test")
+    test = suite_rows(settings.data, _GSM8K_ID, "main", "test")
     if len(test) < settings.questions:
         raise ConfigError(f"GSM8K has {len(test)} test rows here; {settings.questions} questions are asked for")
     sets = _demonstration_sets(settings)
@@ -111,7 +83,7 @@ def _gsm8k(settings: SuiteSettings) -> Suite:
 def _demonstration_sets(settings: SuiteSettings) -> list[tuple[str, ...]]:
     if settings.prompt is not None:
         return [_demonstrations(settings.prompt)]
-    train = _rows(settings.train, _GSM8K_ID, "main", "train")
+    train = suite_rows(settings.train, _GSM8K_ID, "main", "train")
     if len(train) < settings.shots:
         raise ConfigError(f"GSM8K has {len(train)} training rows here; {settings.shots} demonstrations are asked for")
     draws = (random.Random(f"{settings.seed}/{number}") for number in range(settings.sets))
@@ -121,11 +93,11 @@ def _demonstration_sets(settings: SuiteSettings) -> list[tuple[str, ...]]:
     ]
 
 
-def _maths_question(row: _Row) -> str:
+def _maths_question(row: SuiteRow) -> str:
     return f"Question: {row.text('question').strip()}\n{_ASK}"
 
 
-def _worked_answer(row: _Row) -> tuple[str, str]:
+def _worked_answer(row: SuiteRow) -> tuple[str, str]:
     """The steps with "The answer is …" as their end, and the final number."""
     steps, mark, final = row.text("answer").partition("\n####")
     if not mark or not final.strip():
@@ -162,12 +134,17 @@ def _bbh(settings: SuiteSettings) -> Suite:
     items = [item for task in settings.tasks or there for item in _bbh_task(task, settings, settings.prompt)]
     if not items:
         raise ConfigError(f"{settings.prompt} holds no prompts; expected one TASK.txt a task")
-    return Suite(name="bbh", items=items, right=lambda text, item: bbh_right(text, item.answers), stop=("\n\nQ:",))
+    return Suite(
+        name="bbh",
+        items=items,
+        right=lambda text, item: bbh_right(text, item.answers, item.prompt.question),
+        stop=("\n\nQ:",),
+    )
 
 
 def _bbh_task(task: str, settings: SuiteSettings, prompts: Path) -> list[Item]:
     instruction, demonstrations = _bbh_prompt(prompts / f"{task}.txt")
-    rows = _rows(settings.data / f"{task}.json" if settings.data is not None else None, _BBH_ID, task, "test")
+    rows = suite_rows(settings.data / f"{task}.json" if settings.data is not None else None, _BBH_ID, task, "test")
     chosen = random.Random(f"{settings.seed}/{task}").sample(rows, min(settings.questions, len(rows)))
     items = []
     for number, row in enumerate(chosen):
@@ -195,64 +172,14 @@ def _bbh_prompt(path: Path) -> tuple[str, tuple[str, ...]]:
     return "\n\n".join(parts[:first]), tuple(examples)
 
 
-def _nq(settings: SuiteSettings) -> Suite:
-    """Questions whose passage stands among passages of other questions, at a place drawn by the seed.
-
-    Rows have ``question``, ``answers`` and ``ctxs`` (``title``, ``text``, the first of them gold or marked ``isgold``).
-    """
-    if settings.data is None:
-        raise ConfigError("the nq suite reads a local file; give suite.data=FILE (JSON Lines: question, answers, ctxs)")
-    rows = _rows(settings.data)
-    passages = [_gold_passage(row) for row in rows]
-    _check_enough(rows, max(settings.questions, settings.documents), "nq")
-    items = []
-    for number in random.Random(settings.seed).sample(range(len(rows)), settings.questions):
-        answers = rows[number].values.get("answers")
-        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-            raise ConfigError(f"{rows[number].where}: expected a list of texts under 'answers', got {answers!r}")
-        documents = _documents(number, answers, passages, settings)
-        question = f"Question: {rows[number].text('question').strip()}\nAnswer:"
-        prompt = Prompt(instruction=_NQ_INSTRUCTION, demonstrations=documents, question=question)
-        items.append(Item(id=f"{number}", prompt=prompt, gold=f" {answers[0]}", answers=answers, group=f"{number}"))
-    return Suite(
-        name="nq",
-        items=items,
-        right=lambda text, item: short_answer_right(text, item.answers),
-        kept=lambda text, item: holds_answer(text, item.answers),
-        max_new_tokens=100,
-        stop=("\n",),
-    )
-
-
-def _gold_passage(row: _Row) -> tuple[str, str]:
-    """Title and text."""
-    passages = row.values.get("ctxs")
-    if not isinstance(passages, list) or not passages:
-        raise ConfigError(f"{row.where}: expected passages under 'ctxs'")
-    gold = next((passage for passage in passages if passage.get("isgold")), passages[0])
-    passage = _Row(where=row.where, number=row.number, values=gold)
-    return passage.text("title"), passage.text("text")
-
-
-def _documents(
-    number: int, answers: Sequence[str], passages: Sequence[tuple[str, str]], settings: SuiteSettings
-) -> list[str]:
-    """The passage of question ``number`` among others, none of which holds an answer to it."""
-    chance = random.Random(f"{settings.seed}/{number}")
-    others = [i for i, (_, text) in enumerate(passages) if i != number and not holds_answer(text, answers)]
-    chosen = chance.sample(others, min(settings.documents - 1, len(others)))
-    chosen.insert(chance.randrange(len(chosen) + 1), number)
-    return [f"Document [{i}](Title: {passages[n][0]}) {passages[n][1]}" for i, n in enumerate(chosen, start=1)]
-
-
 def _sharegpt(settings: SuiteSettings) -> Suite:
     """Dialogues: all turns but the last two are to be compressed, the last question asked, the last answer compared.
 
     Rows have ``conversations``: a list of ``from`` (``human`` or ``gpt``) and ``value``.
     """
-    rows = _rows(settings.data, _SHAREGPT_ID, None, "train")
+    rows = suite_rows(settings.data, _SHAREGPT_ID, None, "train")
     dialogues = [(row, turns) for row in rows if (turns := _turns(row)) is not None]
-    _check_enough(dialogues, settings.questions, "sharegpt")
+    check_enough(dialogues, settings.questions, "sharegpt")
     items = []
     for row, turns in random.Random(settings.seed).sample(dialogues, settings.questions):
         question, reference = turns[-2][1], turns[-1][1]
@@ -263,7 +190,7 @@ def _sharegpt(settings: SuiteSettings) -> Suite:
     return Suite(name="sharegpt", items=items, right=None, stop=("\nUser:",))
 
 
-def _turns(row: _Row) -> list[tuple[str, str]] | None:
+def _turns(row: SuiteRow) -> list[tuple[str, str]] | None:
     """Speaker and text of each turn up to the last answer; None for a dialogue that is too short."""
     values = row.values.get("conversations")
     if not isinstance(values, list):
@@ -283,25 +210,14 @@ def _arxiv(settings: SuiteSettings) -> Suite:
 
     Rows have ``text``. Paragraphs are the demonstrations.
     """
-    rows = _rows(settings.data, _ARXIV_ID, None, "train")
-    _check_enough(rows, settings.questions, "arxiv")
+    rows = suite_rows(settings.data, _ARXIV_ID, None, "train")
+    check_enough(rows, settings.questions, "arxiv")
     question = "Summarize the article above in a few sentences.\nSummary:"
     items = []
     for row in random.Random(settings.seed).sample(rows, settings.questions):
-        prompt = Prompt(demonstrations=_paragraphs(row.text("text")), question=question)
+        prompt = Prompt(demonstrations=paragraphs(row.text("text")), question=question)
         items.append(Item(id=f"{row.number}", prompt=prompt, gold="", answers=(), group=row.where))
     return Suite(name="arxiv", items=items, right=None, stop=("\n\n",))
-
-
-def _paragraphs(text: str) -> list[str]:
-    """Paragraphs, the small ones joined up to a few hundred words."""
-    joined: list[str] = []
-    for paragraph in filter(None, (part.strip() for part in text.split("\n\n"))):
-        if joined and len(joined[-1].split()) + len(paragraph.split()) <= _PASSAGE_WORDS:
-            joined[-1] += f"\n{paragraph}"
-        else:
-            joined.append(paragraph)
-    return joined
 
 
 def _tools(settings: SuiteSettings) -> Suite:
@@ -370,7 +286,7 @@ def _own_prompts(settings: SuiteSettings) -> Suite:
     """At most ``settings.questions`` prompts of the user's file, in its order."""
     if settings.data is None:
         raise ConfigError("give a file of prompts (JSON Lines: instruction, demonstrations, question, answer)")
-    rows = _rows(settings.data)[: settings.questions]
+    rows = suite_rows(settings.data)[: settings.questions]
     if not rows:
         raise ConfigError(f"{settings.data} holds no prompts")
     items = []
@@ -388,35 +304,5 @@ def _own_prompts(settings: SuiteSettings) -> Suite:
     return Suite(
         name="prompts",
         items=items,
-        right=lambda text, item: any(normalised(text) == normalised(answer) for answer in item.answers),
+        right=lambda text, item: answer_right(text, item.answers),
     )
-
-
-def _rows(path: Path | None, hub_id: str = "", config: str | None = None, split: str = "") -> list[_Row]:
-    """The rows of a local file; where none is named, of a data set on the hub.
-
-    A ``.json`` file may hold an object with the rows under ``examples`` (the form of BIG-Bench Hard).
-
-    Raises:
-        DataFormatError: the file cannot be read.
-        ConfigError: the hub did not give the data set.
-    """
-    if path is None:
-        name = f"hub:{hub_id}{f':{config}' if config else ''}#{split}"
-        try:
-            return [_Row(where=f"{hub_id}, {split} row {n}", number=n, values=row) for n, row in read_rows(name)]
-        except (ConfigError, DataFormatError) as error:
-            raise ConfigError(f"{error}; give local files instead (suite.data)") from None
-    rows = list(read_rows(path))
-    is_json = path.suffix == ".json"
-    if is_json and len(rows) == 1 and isinstance(examples := rows[0][1].get("examples"), list):
-        rows = list(enumerate(examples, start=1))
-    if not all(isinstance(row, dict) for _, row in rows):
-        raise DataFormatError(path, None, "expected JSON objects under 'examples'")
-    place = f"{path}, row " if is_json else f"{path}:"
-    return [_Row(where=f"{place}{number}", number=number, values=row) for number, row in rows]
-
-
-def _check_enough(rows: Sequence[object], needed: int, name: str) -> None:
-    if len(rows) < needed:
-        raise ConfigError(f"the {name} data has {len(rows)} usable rows; {needed} are asked for")

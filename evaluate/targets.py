@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -21,12 +20,14 @@ from terselm.data.schema import Message, Role
 from terselm.errors import ConfigError, ContextLengthError, TargetLLMError
 from terselm.evaluate.settings import TargetSettings
 from terselm.models import CausalLM
+from terselm.models.chat import ChatMode, chat_prompt, uses_chat
 
 if TYPE_CHECKING:
+    from terselm.data.replies import Query
     from terselm.models.scoring import RowScorer
 
 _log = logging.getLogger(__name__)
-_ROWS_AT_ONCE = {"cpu": 8, "cuda": 128}  # that are decoded together
+_ROWS_AT_ONCE = 8  # that are decoded together on a CPU; a GPU takes all and refills its slots
 _WHOLE_PROMPT = "{prompt}"  # the template of an endpoint that takes plain text
 
 
@@ -43,10 +44,12 @@ class Target(Protocol):
 
     Attributes:
         count: tokens of a text, as this target counts them.
+        chat: whether prompts are turns of a user, after which answers are whole: no stop string cuts them.
         can_score: whether `score` works.
     """
 
     count: Count
+    chat: bool
     can_score: bool
 
     def generate(self, prompts: Sequence[str], *, max_new_tokens: int, stop: tuple[str, ...]) -> list[str]:
@@ -60,59 +63,105 @@ class LocalTarget:
     """A causal LM in this process.
 
     The gold answer is tokenised by itself, so that its tokens are the same after every prompt.
+
+    Args:
+        lm: the model.
+        chat: whether it reads prompts through its chat template.
+
+    Raises:
+        ConfigError: ``always``, and the model has no chat template.
     """
 
     can_score = True
 
-    def __init__(self, lm: CausalLM) -> None:
+    def __init__(self, lm: CausalLM, chat: ChatMode | str = ChatMode.AUTO) -> None:
         self.lm = lm
+        self.chat = uses_chat(lm.tokenizer, chat, lm.name)
         self.count: Count = TokenizerCounter(lm.tokenizer)
-        self._device = lm.model.device.type
+        self._scorers: dict[int, RowScorer] = {}
 
     def generate(self, prompts: Sequence[str], *, max_new_tokens: int, stop: tuple[str, ...]) -> list[str]:
-        """Greedy answers.
+        """Greedy answers; in a chat, whole ones.
 
         Raises:
             ContextLengthError: a prompt and its answer do not fit into the model's window.
+            ModelError: the memory is too small for a single prompt; or the chat template refuses it.
         """
-        from terselm.data.generate import Limits, Query, generate
+        from terselm.data.generate import Limits, generate
+        from terselm.models.memory import in_halves, text_too_large
 
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        answers = [""] * len(prompts)
-        rows = _ROWS_AT_ONCE.get(self._device, 8)
+        queries = [self._query(prompts[i], stop) for i in order]
+        limits = Limits(max_new_tokens=max_new_tokens)
+        rows = _ROWS_AT_ONCE if self.lm.model.device.type == "cpu" else max(1, len(order))
+        texts: list[str] = []
         for begin in range(0, len(order), rows):
-            batch = order[begin : begin + rows]
-            queries = [Query(prompt=prompts[i], temperature=0.0, seed=0, stop=stop) for i in batch]
-            for i, answer in zip(batch, generate(self.lm, queries, Limits(max_new_tokens=max_new_tokens)), strict=True):
-                answers[i] = answer.text
-        return answers
+            answers = in_halves(
+                lambda some: generate(self.lm, some, limits),
+                queries[begin : begin + rows],
+                lambda query: text_too_large(self.lm, len(query.prompt) + max_new_tokens),
+            )
+            texts += [answer.text for answer in answers]
+        return [text for _, text in sorted(zip(order, texts, strict=True))]
 
     def score(self, prompts: Sequence[str], golds: Sequence[str]) -> list[Score]:
-        """−log p of each gold answer after its prompt.
+        """−log p of each gold answer after its prompt; in a chat, without the white space that it begins with.
 
         Raises:
             ContextLengthError: the two do not fit into the model's window.
+            ModelError: the chat template refuses a prompt.
         """
-        befores, targets = self._ids(prompts), self._ids(golds)
+        befores = [self._ids(prompt) for prompt in prompts]
+        targets = [self._plain_ids(gold.lstrip() or gold if self.chat else gold) for gold in golds]
         for before, gold in zip(befores, targets, strict=True):
-            if 1 + len(before) + len(gold) > self.lm.window:
+            if len(before) + len(gold) > self.lm.window:
                 raise ContextLengthError(
-                    f"a prompt of {1 + len(before)} tokens and a gold answer of {len(gold)} do not fit into the window "
+                    f"a prompt of {len(before)} tokens and a gold answer of {len(gold)} do not fit into the window "
                     f"of {self.lm.window} tokens of {self.lm.name}; choose shorter prompts"
                 )
-        rows = [before + gold for before, gold in zip(befores, targets, strict=True)]
-        scored = self._scorer.score(rows, skips=[len(before) for before in befores])
-        nats = {i: float(scores.nats.sum(dtype=np.float64)) for i, scores in scored}
-        return [Score(nats=nats.get(i, 0.0), tokens=len(gold)) for i, gold in enumerate(targets)]
+        nats = dict.fromkeys(range(len(prompts)), 0.0)
+        for first in sorted({before[0] for before in befores}):
+            numbers = [i for i, before in enumerate(befores) if before[0] == first]
+            rows = [[*befores[i][1:], *targets[i]] for i in numbers]
+            for row, scores in self._scorer(first).score(rows, skips=[len(befores[i]) - 1 for i in numbers]):
+                nats[numbers[row]] = float(scores.nats.sum(dtype=np.float64))
+        return [Score(nats=nats[i], tokens=len(gold)) for i, gold in enumerate(targets)]
 
-    @cached_property
-    def _scorer(self) -> RowScorer:
+    def _query(self, prompt: str, stop: tuple[str, ...]) -> Query:
+        from terselm.data.generate import Query
+
+        read = tuple(chat_prompt(self.lm.tokenizer, prompt)) if self.chat else prompt
+        return Query(prompt=read, temperature=0.0, seed=0, stop=() if self.chat else stop)
+
+    def _ids(self, prompt: str) -> list[int]:
+        """As the model reads a prompt: after the start token, or as the chat template has it."""
+        if self.chat:
+            return chat_prompt(self.lm.tokenizer, prompt)
+        return [self.lm.start_id, *self._plain_ids(prompt)]
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return list(self.lm.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _scorer(self, first: int) -> RowScorer:
+        """Reads rows after this token: a chat template may open with another than plain text."""
         from terselm.models.scoring import RowScorer
 
-        return RowScorer(self.lm)
+        if first not in self._scorers:
+            lm = self.lm
+            opened = _OpenedBy(model=lm.model, tokenizer=lm.tokenizer, name=lm.name, first=first)
+            self._scorers[first] = RowScorer(opened)
+        return self._scorers[first]
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(self.lm.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+
+@dataclass(frozen=True, kw_only=True)
+class _OpenedBy(CausalLM):
+    """A model whose texts start with the token ``first``."""
+
+    first: int
+
+    @property
+    def start_id(self) -> int:
+        return self.first
 
 
 class EndpointTarget:
@@ -129,6 +178,7 @@ class EndpointTarget:
     def __init__(self, settings: TargetSettings, records: Path) -> None:
         self._settings = settings
         self._records = settings.ledger or records
+        self.chat = ChatMode(settings.chat) is ChatMode.ALWAYS
         counter = resolve_counter(settings.counter)
         if counter is None:
             raise ConfigError("target.counter is empty; name the tokenizer that the endpoint's tokens are counted in")
@@ -140,6 +190,7 @@ class EndpointTarget:
         Raises:
             TargetLLMError: the endpoint stopped answering; what it has answered is kept.
         """
+        stop = () if self.chat else stop
         settings = self._collection(max_new_tokens, stop)
         texts = list(dict.fromkeys(prompts))
         names = [blake2b(text.encode(), digest_size=12).hexdigest() for text in texts]

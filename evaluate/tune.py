@@ -7,6 +7,7 @@ that differ in kind are tried first, then one setting at a time around the best.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import time
@@ -19,9 +20,11 @@ from typing import Any
 import numpy as np
 
 from terselm.compress.compressor import PromptCompressor
-from terselm.compress.settings import AnchorOrder, CompressionSettings, UnitKind, paper_settings
+from terselm.compress.modes import anchor_for
+from terselm.compress.prompt import Prompt
+from terselm.compress.settings import AnchorOrder, CompressionSettings, Order, RankBy, UnitKind, paper_settings
 from terselm.data.rows import Json, dump_object, read_rows
-from terselm.errors import ConfigError
+from terselm.errors import ConfigError, ModelError
 from terselm.evaluate.figures import GAIN, Figures, Figuring
 from terselm.evaluate.items import Item, full_text
 from terselm.evaluate.measurements import FULL, NO_BUDGET, ZERO, Measurement
@@ -52,7 +55,12 @@ _AROUND: dict[str, tuple[Any, ...]] = {
     "segment_size": (50, 100, 200, 400),
     "question_rate": (None, _PAPER.question_rate),
     "instruction_rate": (None, _PAPER.instruction_rate),
+    "rank_by": tuple(RankBy),
+    "order": tuple(Order),
+    "rank_delta": (0.0, 0.3),
 }
+_OF_RANKING = {"order", "rank_delta"}  # that differ where demonstrations are ranked
+_OF_SURPRISAL = {"anchor", "anchor_by", "segment_size"}  # that differ where they are not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +90,8 @@ def tune(settings: TuneSettings, folder: Path) -> Tuned:
     """
     if settings.target.base_url:
         raise ConfigError("tune needs a local target: endpoints do not tell how likely they find a given answer")
-    target = LocalTarget(load_causal_lm(settings.target.model, device=settings.device, dtype=settings.target.dtype))
+    lm = load_causal_lm(settings.target.model, device=settings.device, dtype=settings.target.dtype)
+    target = LocalTarget(lm, settings.target.chat)
     small = (
         target.lm if settings.model == settings.target.model else load_causal_lm(settings.model, device=settings.device)
     )
@@ -138,7 +147,9 @@ class Search:
     def run(self) -> tuple[Candidate, str, bool]:
         """The best settings, their budget, and whether the quality is reached."""
         budget = self._settings.budget or _MIDDLE
-        self._try(shapes(), budget)
+        default, *others = shapes()
+        ranked = ranked_shapes([item.prompt for item in self._evaluation.items], rankers_here())
+        self._try([default, *ranked, *others], budget)
         while self._time_left() and self._try(around(best := self.best(budget).settings), budget):
             if self.best(budget).settings == best:
                 break
@@ -233,9 +244,42 @@ def shapes() -> list[Candidate]:
     return [Candidate(settings=one) for one in settings]
 
 
+def ranked_shapes(prompts: Sequence[Prompt], rankers: Sequence[RankBy]) -> list[Candidate]:
+    """Demonstrations ranked for the question: sentences or lines of documents; worked examples whole, or their lines.
+
+    None where a prompt has no question or no demonstrations.
+
+    Args:
+        rankers: those that are installed.
+    """
+    if not all(prompt.question.strip() and any(map(str.strip, prompt.demonstrations)) for prompt in prompts):
+        return []
+    examples = all(anchor_for(prompt) > 0 for prompt in prompts)
+    units = (UnitKind.DEMONSTRATION, UnitKind.LINE) if examples else (UnitKind.SENTENCE, UnitKind.LINE)
+    return [
+        Candidate(settings=CompressionSettings(rank_by=rank_by, unit=unit)) for rank_by in rankers for unit in units
+    ]
+
+
+def rankers_here() -> list[RankBy]:
+    """By the small LM; by MiniLM and BM25 where they are installed."""
+    from terselm.models.encoder import MINILM, encoder_source
+
+    rankers = [RankBy.QUESTION]
+    try:
+        encoder_source(MINILM)
+        rankers.append(RankBy.EMBEDDING)
+    except ModelError as error:
+        _log.info("not tried: rank_by=embedding (%s)", error)
+    if importlib.util.find_spec("bm25s") is not None:
+        rankers.append(RankBy.BM25)
+    return rankers
+
+
 def around(best: CompressionSettings) -> Iterator[Candidate]:
     """All that differ from ``best`` in one setting that makes a difference there."""
-    idle = {"anchor_by"} if best.anchor == 0 else set()
+    idle = {"rank_by", *({"anchor_by"} if best.anchor == 0 else ())}  # `ranked_shapes` has tried the rankers
+    idle |= _OF_RANKING if best.rank_by in (RankBy.AUTO, RankBy.SURPRISAL) else _OF_SURPRISAL
     if best.anchor == 1 or best.unit is UnitKind.DEMONSTRATION:
         idle |= {"k", "segment_size"}
     for field, values in _AROUND.items():

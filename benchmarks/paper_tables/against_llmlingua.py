@@ -7,12 +7,12 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from paper_tables.plan import MATCHED, PEER, journal_for, methods_of, settings_of
+from paper_tables.plan import journal_for, matched, methods_of, peer_of, settings_of
 from terselm.compress.length import Count, resolve_counter
 from terselm.compress.prompt import Prompt
 from terselm.evaluate.measurements import JOURNAL
 from terselm.evaluate.methods import Compressed, EvaluationMethod
-from terselm.evaluate.opening import Workshop, open_target, parse_method
+from terselm.evaluate.opening import PEERS, Workshop, open_target, parse_method
 from terselm.evaluate.peer import Llmlingua
 from terselm.evaluate.run import Evaluation
 
@@ -20,8 +20,9 @@ from terselm.evaluate.run import Evaluation
 class Remembering:
     """llmlingua, asked once for each prompt and budget, whichever target then reads the answer."""
 
-    def __init__(self, peer: EvaluationMethod) -> None:
+    def __init__(self, peer: EvaluationMethod, name: str) -> None:
         self._peer = peer
+        self._name = name
         self._known: dict[tuple[str, int], Compressed] = {}
 
     def recall(self, run: Evaluation) -> None:
@@ -32,7 +33,7 @@ class Remembering:
         prompts = {item.id: item.prompt for item in run.items}
         for line in journal.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
-            if entry.get("method") == PEER:
+            if entry.get("method") == self._name:
                 self._known[repr(prompts[entry["id"]]), entry["allowed"]] = Compressed(text=entry["text"])
 
     def compress(self, prompts: Sequence[Prompt], budgets: Sequence[int]) -> list[Compressed]:
@@ -60,22 +61,23 @@ class AsLong:
 
 def measure_peer(options: argparse.Namespace, suite: str, shard: str) -> None:
     """llmlingua for all targets, and ours as long as it."""
-    first = settings_of(options, suite, options.target[0], [PEER])
+    name = peer_of(suite)
+    first = settings_of(options, suite, options.target[0], [name])
     count = resolve_counter(first.counter)
     assert count is not None
-    peer = Llmlingua(first.llmlingua, first.model, options.device)
-    remembering = Remembering(peer)
+    peer = Llmlingua(first.llmlingua, first.model, options.device, PEERS[name])
+    remembering = Remembering(peer, name)
     try:
         for each in options.target:
-            settings = settings_of(options, suite, each, methods_of(options, each, shard))
+            settings = settings_of(options, suite, each, methods_of(options, suite, each, shard))
             folder = journal_for(options, suite, each, shard)
             target = open_target(settings.target, folder)
             workshop = Workshop(settings, target, count, {})
-            ready: dict[str, EvaluationMethod] = {PEER: remembering}
+            ready: dict[str, EvaluationMethod] = {name: remembering}
             with ExitStack() as stack:
-                for name, ours in MATCHED.items():
+                for longer, ours in matched(suite).items():
                     method = stack.enter_context(workshop.method(parse_method(ours)))
-                    ready[name] = AsLong(method, remembering, count)
+                    ready[longer] = AsLong(method, remembering, count)
                 run = Evaluation(settings, folder, target, ready)
                 remembering.recall(run)
                 run.measure()

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from terselm.evaluate.measurements import JOURNAL
-from terselm.evaluate.settings import EvaluateSettings, SuiteName, SuiteSettings, TargetSettings
+from terselm.evaluate.settings import Distractors, EvaluateSettings, SuiteName, SuiteSettings, TargetSettings
+from terselm.models.chat import ChatMode
 
 THINNED = "anchor=0"  # the question whole, demonstrations token by token
 OURS = [
@@ -55,13 +56,38 @@ BASELINES = [
     "selective-context",
     "selective-sentences",
 ]
-PEER = "llmlingua"
-MATCHED = {  # llmlingua does not keep to a budget: these may be as long as what it makes of the same prompt
-    f"{name}, as long as llmlingua": name for name in ("terselm", "truncate")
-}
+OURS_NQ = [  # over documents: ranked for the question
+    "terselm",
+    "terselm:ranker=minilm-l6",
+    *(f"terselm:rank_by={by}" for by in (
+        "bm25",
+        "question,unit=demonstration",
+        "question,unit=line",
+        "question,unit=token",
+        "question,contrast=true,rank_delta=0.3,order=ranked",  # as LongLLMLingua has it
+        "surprisal,unit=sentence",
+        "surprisal,unit=token",
+    )),
+]  # fmt: skip
+BASELINES_NQ = [
+    "truncate",
+    "random-words",
+    "sentences-random",
+    "bm25-sentences",
+    "minilm-sentences",
+    "question-sentences",
+    "documents-ranked",
+    "documents-bm25",
+    "selective-sentences",
+]
+NQ = {"ours": OURS_NQ, "baselines": BASELINES_NQ}
 ALIGNMENT = "alignment"
+PEER = "peer"
+SHARDS = ("ours", "ablated", "baselines", PEER)  # of methods, each for a process of its own
 REFERENCES = "references"  # the bare question and the whole prompt, which all are compared with
-BUDGETS = ["1-shot", "half-shot", "quarter-shot"]
+BUDGETS = {"nq": ["0.5", "0.25", "0.1", "0.05"]}
+SHOTS = ["1-shot", "half-shot", "quarter-shot"]
+NQ_DOCUMENTS = 20
 
 
 def folder_of(options: argparse.Namespace, *job: str) -> Path:
@@ -95,9 +121,34 @@ def alignment_pairs(options: argparse.Namespace) -> dict[str, list[str]]:
     }
 
 
-def methods_of(options: argparse.Namespace, target: str, shard: str) -> list[str]:
+def peer_of(suite: str) -> str:
+    """llmlingua, over documents with its settings for questions."""
+    return "longllmlingua" if suite == "nq" else "llmlingua"
+
+
+def matched(suite: str) -> dict[str, str]:
+    """By name, what may be as long as llmlingua's text of the same prompt: it does not keep to a budget."""
+    ours = ("terselm", "terselm:ranker=minilm-l6", "truncate") if suite == "nq" else ("terselm", "truncate")
+    return {f"{name}, as long as {peer_of(suite)}": name for name in ours}
+
+
+def budgets_of(options: argparse.Namespace, suite: str) -> list[str]:
+    return options.budgets.split(",") if options.budgets else BUDGETS.get(suite, SHOTS)
+
+
+def shards_of(options: argparse.Namespace, suite: str) -> set[str]:
+    """Documents are not thinned by surprisal, so there is nothing that the ablations could take out."""
+    optional = {PEER: options.llmlingua, ALIGNMENT: options.aligned, "ablated": suite != "nq"}
+    return {shard for shard in (*SHARDS, ALIGNMENT) if optional.get(shard, True)}
+
+
+def methods_of(options: argparse.Namespace, suite: str, target: str, shard: str) -> list[str]:
     if shard == REFERENCES:
         return ["truncate"]
+    if shard == PEER:
+        return [peer_of(suite), *matched(suite)]
+    if suite == "nq" and shard in ("ours", "baselines"):
+        return options.methods.split() if options.methods and shard == "ours" else NQ[shard]
     if shard == "ours":
         ours = options.methods.split() if options.methods else list(OURS)
         if target != options.small:  # else it has compressed already
@@ -107,7 +158,7 @@ def methods_of(options: argparse.Namespace, target: str, shard: str) -> list[str
         return [method for pair in alignment_pairs(options).values() for method in pair]
     if shard == "ablated":
         return [f"terselm:{part}" for part in ABLATED] + ["terselm:paper,next-token"]
-    return BASELINES if shard == "baselines" else [PEER, *MATCHED]
+    return BASELINES
 
 
 def settings_of(options: argparse.Namespace, suite: str, target: str, methods: Sequence[str]) -> EvaluateSettings:
@@ -127,17 +178,27 @@ def settings_of(options: argparse.Namespace, suite: str, target: str, methods: S
             data=data / "bbh" / "tasks",
             prompt=data / "bbh" / "cot_prompts",
         ),
+        "nq": SuiteSettings(
+            name=SuiteName.NQ,
+            questions=options.nq_questions,
+            documents=NQ_DOCUMENTS,
+            distractors=Distractors.HARDEST,
+            data=data / "nq_open" / "oracle.jsonl",
+        ),
     }
     return EvaluateSettings(
         suite=suites[suite],
-        target=TargetSettings(model=weights_of(target), device=options.device, dtype=options.dtype),
+        target=TargetSettings(
+            model=weights_of(target), chat=ChatMode(options.chat), device=options.device, dtype=options.dtype
+        ),
         methods=list(methods),
-        budgets=options.budgets.split(","),
+        budgets=budgets_of(options, suite),
         counter=weights_of(options.small),
         model=weights_of(options.small),
         device=options.device,
         dtype=options.dtype,
         llmlingua=options.llmlingua,
-        oracle=bool(options.aligned) and set(methods) <= set(methods_of(options, target, ALIGNMENT)),
+        generate=options.generate,
+        oracle=bool(options.aligned) and set(methods) <= set(methods_of(options, suite, target, ALIGNMENT)),
         batch=options.batch,
     )

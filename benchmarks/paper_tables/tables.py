@@ -13,7 +13,7 @@ from pathlib import Path
 
 import frame
 
-from paper_tables.plan import folder_of, name_of, settings_of, weights_of
+from paper_tables.plan import budgets_of, folder_of, name_of, settings_of, weights_of
 from terselm.evaluate.figures import Figuring
 from terselm.evaluate.measurements import JOURNAL, Measurement
 from terselm.evaluate.report import as_json, markdown, plain
@@ -38,7 +38,7 @@ def report(
         measurements += [Measurement.from_json(json.loads(line)) for line in lines[1:]]
         with journal.open("rb") as source, gzip.open(journal.with_suffix(".jsonl.gz"), "wb") as packed:
             shutil.copyfileobj(source, packed)
-    settings = settings_of(options, suite, target, whole(methods, measurements, options.budgets.split(",")))
+    settings = settings_of(options, suite, target, whole(methods, measurements, budgets_of(options, suite)))
     loaded = load_suite(settings.suite)
     figures = Figuring(settings, loaded, measurements).all()
     table = without_folders(options, markdown(settings, loaded, figures))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from terselm.evaluate.answers import (
+    answer_right,
     bbh_right,
     claimed,
     holds_answer,
@@ -12,6 +13,8 @@ from terselm.evaluate.answers import (
     maths_right,
     normalised,
     short_answer_right,
+    squad_exact,
+    squad_f1,
 )
 
 MATHS = [
@@ -60,6 +63,25 @@ MATHS = [
     ("10 - 4", "4"),
     ("a) 5-3", "3"),
     ("The answer is 1 000", "000"),
+    # as chat models write
+    ("So she has:\n\\[ 4 + 10 = 14 \\]\n\nThe final answer is \\boxed{14}.", "14"),
+    ("$\\boxed{14}$", "14"),
+    ("\\[\n\\boxed{\\$1{,}200.00}\n\\]\nThis holds for all 3 of them.", "1,200.00"),
+    ("\\boxed{14 \\text{ apples}}, which is 7 for each", "14"),
+    ("first \\boxed{3}, then \\boxed{14}", "14"),
+    ("Janet makes **$18** every day from 9 eggs.", "18"),
+    ("**Step 1:** 3 + 4 = 7\n\n**Step 2:** 7 * 2 = 14", "14"),
+    ("**Step 1:** 3 + 4 = 7\n\nSo there are **14** apples in 2 boxes.", "14"),
+    ("The answer is: **14** apples out of 20.", "14"),
+    ("The total is 3 + 11.\n\n**Answer:** 14 apples\n\nI checked it 2 times.", "14"),
+    ("**Final Answer**: $1,200.00", "1,200.00"),
+    ("### Final Answer\n\n14", "14"),
+    ("3 + 11 = 14\n\nThe answer is:\n\n14", "14"),
+    ("The final answer is:\n\\[ 14 \\]\nCheck: 14 - 3 = 11", "14"),
+    ("The answer to the problem is 14 apples.", "14"),
+    ("The area is 3 * 4.\nThe answer is 12 m^2.", "12"),
+    ("The answer is 12 \\text{ cm}^2", "12"),
+    ("Let's break it down:\n\n1. He has 12.\n2. He gives 5.\n\nTherefore, Sam has 7 apples left.", "7"),
 ]
 
 
@@ -126,6 +148,23 @@ BBH = [
     ("So the answer is ] ) >.", "] ) >", True),
     ("So the answer is > ) ].", "] ) >", False),
     ("So the answer is }.", "}", True),
+    # as chat models write
+    ("Let me think.\n\n**Answer:** (B)", "(B)", True),
+    ("Answer: (B) because (A) is too early", "(B)", True),
+    ("**Answer: B**", "(B)", True),
+    ("The correct answer is:\n\n(B) 2pm to 6pm\n\nI hope that (A) is clear.", "(B)", True),
+    ("The correct option is (C).", "(C)", True),
+    ("\\boxed{B}", "(B)", True),
+    ("\\[\\boxed{\\text{(B)}}\\]", "(B)", True),
+    ("So the answer is \\boxed{24}. It takes 2 steps.", "24", True),
+    ("The answer is **8** instruments out of 10.", "8", True),
+    ("Therefore, the argument is deductively **invalid**.", "invalid", True),
+    ("Therefore, the argument is deductively invalid.", "valid", False),
+    ("Therefore, the argument is not valid.", "valid", False),
+    ("**Yes**, since you return.", "Yes", True),
+    ("**Final answer:** No", "No", True),
+    ("The sentence is plausible, so yes.", "Yes", True),
+    ("The sorted list is:\n\n**syndrome therefrom**", "syndrome therefrom", True),
 ]
 
 
@@ -133,6 +172,15 @@ BBH = [
 def test_bbh(text: str, answer: str, right: bool) -> None:
     assert len(BBH) >= 40
     assert bbh_right(text, [answer]) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [("2pm to 6pm", True), ("So the answer is 2pm to 6pm.", True), ("10am to 2pm", False), ("a time", False)],
+)
+def test_options_by_their_text(text: str, right: bool) -> None:
+    question = "Q: When?\nOptions:\n(A) 10am to 2pm\n(B) 2pm to 6pm\nA: Let's think step by step."
+    assert bbh_right(text, ["(B)"], question) is right
 
 
 @pytest.mark.parametrize(
@@ -200,6 +248,42 @@ SHORT = [
 def test_short_answers(text: str, answers: list[str], right: bool) -> None:
     assert len(SHORT) >= 40
     assert short_answer_right(text, answers) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "exact", "f1"),
+    [
+        ("Wilhelm Conrad Röntgen", True, 1.0),
+        ("**Wilhelm Conrad Röntgen**.", True, 1.0),
+        ("The answer is: Wilhelm Conrad Röntgen.", True, 1.0),
+        ("Röntgen", False, 2 * 1 / 4),
+        ("Röntgen Röntgen", False, 2 * 1 / 5),
+        ("The prize went to Wilhelm Conrad Röntgen in 1901.", False, 2 * 3 / 11),
+        ("Marie Curie", False, 0.0),
+        ("", False, 0.0),
+    ],
+)
+def test_squad_measures(text: str, exact: bool, f1: float) -> None:
+    assert squad_exact(text, ROENTGEN) is exact
+    assert squad_f1(text, ROENTGEN) == pytest.approx(f1)
+    assert squad_f1("Bob", ["Alice", "Bob"]) == 1
+    assert squad_f1("Bob", []) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("Paris", True),
+        ("**Paris**.", True),
+        ("France is in Europe.\n\nThe answer is: Paris.", True),
+        ("\\boxed{\\text{Paris}}", True),
+        ("Paris\nor London", False),
+        ("I think Paris", False),
+        ("The answer is London, not Paris", False),
+    ],
+)
+def test_answers_to_ones_own_prompts(text: str, right: bool) -> None:
+    assert answer_right(text, ["Paris"]) is right
 
 
 def test_normalised() -> None:

@@ -12,6 +12,7 @@ from terselm.errors import ConfigError
 from terselm.evaluate.run import evaluate
 from terselm.evaluate.settings import EvaluateSettings, SuiteSettings, TargetSettings
 from terselm.evaluate.targets import EndpointTarget
+from terselm.models.chat import ChatMode
 
 
 def settings_for(url: str, tiny: Path, **options: Any) -> TargetSettings:
@@ -35,6 +36,16 @@ def test_answers_are_asked_for_once(tmp_path: Path, tiny: Path, api: str) -> Non
     assert body["stop"] == [" to: ", "x"]
     assert (body["temperature"], body["max_tokens"]) == (0.0, 9)
     assert ("prompt" in body) == (api == "completions")
+
+
+def test_answers_of_a_chat_are_whole(tmp_path: Path, tiny: Path) -> None:
+    server = Server()
+    server.keep_requests = True
+    with serving(server) as url:
+        target = EndpointTarget(settings_for(url, tiny, chat=ChatMode.ALWAYS), tmp_path / "answers.jsonl")
+        assert target.generate(["one to: two"], max_new_tokens=9, stop=(" to: ",)) == [answer_to("one to: two")]
+    assert target.chat
+    assert "stop" not in server.requests[0][1]
 
 
 def test_refused_prompts_count_as_wrong(tmp_path: Path, tiny: Path) -> None:

@@ -151,7 +151,7 @@ def test_mistakes_end_with_a_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "terselm", "evaluate", "--out", tmp_path / "out", "--methods", "shortest"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "error: unknown method 'shortest'; expected one of terselm, llmlingua, truncate" in done.stderr
+    assert "error: unknown method 'shortest'; expected one of terselm, llmlingua, longllmlingua" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -161,7 +161,7 @@ def test_mistakes_end_with_a_sentence(tmp_path: Path) -> None:
         ("truncate:k=2", "'k=2' is no option of truncate"),
         ("terselm:no-such", "'no-such' is no option of terselm"),
         ("terselm:k=-1", "k is -1.0; expected a number above 0"),
-        ("terselm:unit=letter", "unit is 'letter'; expected one of token, word"),
+        ("terselm:unit=letter", "unit is 'letter'; expected one of auto, token, word"),
     ],
 )
 def test_unknown_options_of_methods(text: str, message: str) -> None:
@@ -177,6 +177,14 @@ def test_method_names() -> None:
         1.5,
         True,
     )
+
+
+def test_methods_that_rank_for_the_question() -> None:
+    settings = parse_method("terselm:rank_by=embedding,ranker=minilm-l6,unit=line,order=ranked,rank_delta=0.3").settings
+    assert (settings.rank_by, settings.ranker, settings.unit) == ("embedding", "minilm-l6", "line")
+    assert (settings.order, settings.rank_delta) == ("ranked", 0.3)
+    assert parse_method("terselm:rank_by=question,contrast=true,unit=token").settings.contrast
+    assert parse_method("longllmlingua:model=runs/mine").model == "runs/mine"
 
 
 def test_overlap_of_kept_words() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 
 from terselm.errors import ConfigError, DataFormatError
 from terselm.evaluate.items import full_text
-from terselm.evaluate.settings import SuiteName, SuiteSettings, parse_budget
+from terselm.evaluate.settings import Distractors, SuiteName, SuiteSettings, parse_budget
 from terselm.evaluate.suites import load_suite
 
 
@@ -98,6 +101,117 @@ def test_nq(tmp_path: Path) -> None:
         assert not suite.kept(full_text(item.bare), item)
         assert item.gold == f" {item.answers[0]}"
     assert len(places) > 1
+
+
+def rivals(path: Path) -> Path:
+    """Eight questions; of the passages of the last six, those of 2 to 4 share most words with the first question."""
+    texts = ["the lighthouse was built by Ada", "Bob", *["the lighthouse was built tall"] * 3, *["quiet rain"] * 3]
+    rows = [
+        {
+            "question": "who built the lighthouse" if i == 0 else f"who is {i}",
+            "answers": ["Ada"] if i == 0 else [f"Person{i}"],
+            "ctxs": [{"title": f"T{i}", "text": text}],
+        }
+        for i, text in enumerate(texts)
+    ]
+    rows[7]["ctxs"] = [{"title": "T7", "text": "the lighthouse was built by her, Ada"}]  # an answer: no distractor
+    return write_lines(path, rows)
+
+
+def test_nq_with_the_hardest_distractors(tmp_path: Path) -> None:
+    pytest.importorskip("bm25s")
+    options: dict[str, Any] = {"name": SuiteName.NQ, "questions": 8, "documents": 4, "data": rivals(tmp_path / "n")}
+    suite = load_suite(SuiteSettings(distractors=Distractors.HARDEST, **options))
+    (first,) = (item for item in suite.items if item.id == "0")
+    titles = {text.split("Title: ")[1].split(")")[0] for text in first.prompt.demonstrations}
+    assert titles == {"T0", "T2", "T3", "T4"}
+    assert load_suite(SuiteSettings(distractors=Distractors.HARDEST, **options)).items == suite.items
+    assert load_suite(SuiteSettings(**options)).items != suite.items
+
+
+def test_the_hardest_distractors_need_bm25s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    settings = SuiteSettings(
+        name=SuiteName.NQ, questions=2, documents=2, distractors=Distractors.HARDEST, data=rivals(tmp_path / "n.jsonl")
+    )
+    with pytest.raises(ConfigError, match="bm25s is not installed"):
+        load_suite(settings)
+
+
+def test_longbench(tmp_path: Path) -> None:
+    rows = [
+        {
+            "input": "Who?",
+            "context": "one\n\n" + "word " * 400,
+            "answers": ["Ada", "A."],
+            "dataset": task,
+            "_id": f"{i}",
+        }
+        for task in ("hotpotqa", "musique")
+        for i in range(3)
+    ]
+    rows[5] |= {"input": "Question: Who?\nType:"}
+    data = write_lines(tmp_path / "l.jsonl", rows)
+    suite = load_suite(SuiteSettings(name=SuiteName.LONGBENCH, questions=3, tasks=["hotpotqa", "musique"], data=data))
+    assert [item.group for item in suite.items] == ["hotpotqa"] * 3 + ["musique"] * 3
+    assert len({item.id for item in suite.items}) == 6
+    assert {item.prompt.question for item in suite.items[:3]} == {"Question: Who?\nAnswer:"}
+    assert "Question: Who?\nType:" in {item.prompt.question for item in suite.items[3:]}
+    item = suite.items[0]
+    assert len(item.prompt.demonstrations) == 2
+    assert (item.gold, item.answers, suite.short) == (" Ada", ["Ada", "A."], True)
+    assert suite.right is not None
+    assert suite.right("It was Ada.", item)
+    (summed,) = load_suite(
+        SuiteSettings(
+            name=SuiteName.LONGBENCH,
+            questions=1,
+            data=write_lines(tmp_path / "g.jsonl", [{**rows[0], "input": "", "dataset": "gov_report"}]),
+        )
+    ).items
+    assert summed.prompt.question == "Summarize the text above.\nSummary:"
+    with pytest.raises(ConfigError, match="name tasks of LongBench"):
+        load_suite(SuiteSettings(name=SuiteName.LONGBENCH))
+    bad = write_lines(tmp_path / "b.jsonl", [{**rows[0], "answers": "x"}])
+    with pytest.raises(ConfigError, match="expected a list of texts under 'answers', got 'x'"):
+        load_suite(SuiteSettings(name=SuiteName.LONGBENCH, questions=1, data=bad))
+
+
+def test_meetings(tmp_path: Path) -> None:
+    said = "\n".join(f"Speaker {i}: " + "word " * 99 for i in range(4))
+    data = write_lines(tmp_path / "m.jsonl", [{"id": 1, "uid": "a", "transcript": said, "summary": "They spoke."}])
+    suite = load_suite(SuiteSettings(name=SuiteName.MEETINGBANK, questions=1, data=data))
+    assert [len(text.split("\n")) for text in suite.items[0].prompt.demonstrations] == [2, 2]
+    assert suite.items[0].prompt.question == "Summarize the meeting above in a few sentences.\nSummary:"
+    assert (suite.items[0].gold, suite.right, suite.short) == (" They spoke.", None, False)
+    asked = [
+        {"id": "a", "pid": "b", "input": f"What was decided?\n{said}", "output": "Nothing."},
+        {"input": "What was decided?", "context": said, "answers": ["Nothing."]},  # as LongBench has it
+    ]
+    data = write_lines(tmp_path / "q.jsonl", asked)
+    one, other = load_suite(SuiteSettings(name=SuiteName.QMSUM, questions=2, data=data)).items
+    assert one.prompt == other.prompt
+    assert one.prompt.question == "Question: What was decided?\nAnswer:"
+    assert one.gold == other.gold == " Nothing."
+    data = write_lines(tmp_path / "r.jsonl", [{"input": "What?", "output": "x"}])
+    with pytest.raises(ConfigError, match="expected a question, a line end and a transcript"):
+        load_suite(SuiteSettings(name=SuiteName.QMSUM, questions=1, data=data))
+
+
+@pytest.mark.parametrize("name", ["longbench", "meetingbank", "qmsum"])
+def test_the_hub_out_of_reach(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    code = (
+        "from terselm.evaluate.settings import SuiteName, SuiteSettings\n"
+        "from terselm.evaluate.suites import load_suite\n"
+        "from terselm.errors import ConfigError\n"
+        f"settings = SuiteSettings(name=SuiteName({name!r}), tasks=['hotpotqa'])\n"
+        "try:\n    load_suite(settings)\nexcept ConfigError as error:\n    print(error)\n"
+    )
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline)
+    assert done.stdout.count("\n") == 1, done.stderr
+    assert done.stdout.endswith("give local files instead (suite.data)\n")
 
 
 def test_sharegpt(tmp_path: Path) -> None:

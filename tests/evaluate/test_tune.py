@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from terselm import CompressionSettings, PromptCompressor
+from terselm import CompressionSettings, Prompt, PromptCompressor
+from terselm.compress.settings import RankBy, UnitKind
 from terselm.config import load_config
 from terselm.errors import ConfigError
 from terselm.evaluate import tune as tune_module
 from terselm.evaluate.measurements import JOURNAL
+from terselm.evaluate.opening import parse_method
 from terselm.evaluate.settings import TargetSettings, TuneSettings
-from terselm.evaluate.tune import Candidate, around, shapes, tune
+from terselm.evaluate.tune import Candidate, around, ranked_shapes, rankers_here, shapes, tune
 
 ROWS = [
     {
@@ -114,6 +116,49 @@ def test_another_file_of_prompts_is_not_the_first(tmp_path: Path, tiny: Path, mo
         assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     same = write(tmp_path / "c.jsonl", without_answers(ROWS))
     assert tune(settings_for(same, tiny, budget="0.5", minutes=0.001), out).best == tuned.best
+
+
+def documents(question: str = "who?") -> Prompt:
+    return Prompt(demonstrations=["Ada built it. It rained.", "Bob left."], question=question)
+
+
+def test_documents_are_ranked_for_the_question() -> None:
+    names = [one.name for one in ranked_shapes([documents()], [RankBy.QUESTION, RankBy.BM25])]
+    assert names == [
+        f"terselm:unit={unit},rank_by={by}" for by in ("question", "bm25") for unit in ("sentence", "line")
+    ]
+    assert [parse_method(name).settings for name in names] == [
+        one.settings for one in ranked_shapes([documents()], [RankBy.QUESTION, RankBy.BM25])
+    ]
+    examples = Prompt(demonstrations=["Question: a", "Question: b"], question="Question: c")
+    assert {one.settings.unit for one in ranked_shapes([examples], [RankBy.QUESTION])} == {"demonstration", "line"}
+    assert ranked_shapes([documents(), documents(question="")], [RankBy.QUESTION]) == []
+    assert ranked_shapes([Prompt(question="who?")], [RankBy.QUESTION]) == []
+    assert RankBy.QUESTION in rankers_here()
+
+
+def test_around_a_ranking_only_what_makes_a_difference() -> None:
+    near = [one.name for one in around(CompressionSettings(rank_by=RankBy.QUESTION, unit=UnitKind.SENTENCE))]
+    assert "terselm:unit=sentence,rank_by=question,order=ranked" in near
+    assert "terselm:unit=sentence,rank_by=question,rank_delta=0.3" in near
+    assert not any("anchor" in name or "segment_size" in name for name in near)
+    assert not any("order" in one.name or "rank" in one.name for one in around(CompressionSettings()))
+
+
+def test_documents_are_tuned(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few(monkeypatch)
+    monkeypatch.setattr(tune_module, "rankers_here", lambda: [RankBy.QUESTION])
+    rows = [
+        {
+            "demonstrations": [f"Person{i} built it. It rained.", "Bob left. He ran."],
+            "question": f"who {i}?",
+            "answer": "x",
+        }
+        for i in range(3)
+    ]
+    tune(settings_for(write(tmp_path / "p.jsonl", rows), tiny, budget="0.5"), tmp_path / "out")
+    tried = {entry["method"] for entry in entries_of(tmp_path / "out")}
+    assert {"terselm", "terselm:unit=sentence,rank_by=question", "terselm:unit=line,rank_by=question"} <= tried
 
 
 def test_names_say_what_differs() -> None:

@@ -10,6 +10,7 @@ import typer
 
 from terselm.cli import app, quieten_transformers
 from terselm.extras import need
+from terselm.models.chat import ChatMode
 
 _log = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ def evaluate(
     *,
     out: Annotated[Path, typer.Option(help="Folder for the results; run again, it goes on where it stopped.")],
     config: Annotated[Path | None, typer.Option(help="YAML file with evaluation settings.")] = None,
-    suite: Annotated[str | None, typer.Option(help="gsm8k, bbh, nq, sharegpt, arxiv, or prompts (your own).")] = None,
+    suite: Annotated[str | None, typer.Option(help="nq, gsm8k, tools, prompts (your own), …")] = None,
     target: Annotated[str | None, typer.Option(help="The model that reads the prompts.")] = None,
     methods: Annotated[str | None, typer.Option(help="Such as 'terselm terselm:k=1.2 truncate', with blanks.")] = None,
     budgets: Annotated[str | None, typer.Option(help="Such as '1-shot half-shot 300 0.2', with blanks.")] = None,
@@ -37,7 +38,7 @@ def evaluate(
     settings = load_config(EvaluateSettings, config, [*options, *(overrides or [])])
     from terselm.evaluate.run import evaluate as run
 
-    quieten_transformers()
+    _quieten()
     print(run(settings, out)[1])
 
 
@@ -46,7 +47,10 @@ def tune(
     prompts: Annotated[Path, typer.Argument(help="JSON Lines: instruction, demonstrations, question, answer.")],
     *,
     out: Annotated[Path, typer.Option(help="Folder for the results; run again, it goes on where it stopped.")],
-    target: Annotated[str, typer.Option(help="The local model that will read the prompts, or one that is like it.")],
+    target: Annotated[
+        str, typer.Option(help="The local model that will read the prompts, or one that is like it.")
+    ] = "qwen2.5-coder-1.5b",
+    chat: Annotated[ChatMode, typer.Option(help="Whether it reads them through its chat template.")] = ChatMode.AUTO,
     model: Annotated[str, typer.Option(help="The small LM.")] = "smollm2-135m",
     budget: Annotated[str, typer.Option(help="Such as 300, 0.2 or 1-shot: the best settings at it.")] = "",
     quality: Annotated[float, typer.Option(help="Share of the gain to keep: the smallest budget for it.")] = 0.0,
@@ -60,7 +64,7 @@ def tune(
 
     settings = TuneSettings(
         prompts=prompts,
-        target=TargetSettings(model=target, device=device),
+        target=TargetSettings(model=target, device=device, chat=chat),
         model=model,
         budget=budget,
         quality=quality,
@@ -70,10 +74,16 @@ def tune(
     )
     from terselm.evaluate.tune import tune as search
 
-    quieten_transformers()
+    _quieten()
     tuned = search(settings, out)
     _log.info(tuned.table)
     print(out / "compress.yaml")
+
+
+def _quieten() -> None:
+    """Let the command's own lines alone be seen; bm25s tells every index that it builds."""
+    quieten_transformers()
+    logging.getLogger("bm25s").addFilter(lambda record: record.levelno > logging.DEBUG)
 
 
 def _listed(key: str, words: str) -> str:
