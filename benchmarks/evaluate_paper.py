@@ -1,4 +1,4 @@
-"""The tables of docs/results.md that local models can make: GSM8K, BIG-Bench Hard and NQ, every method, every budget.
+"""The tables of docs/results.md that local models can make: GSM8K, BIG-Bench Hard, NQ, tool output, dialogues.
 
     python benchmarks/evaluate_paper.py --data FOLDER --out OUT --target gemma3-270m --target smollm2-135m \\
         --llmlingua ~/.cache/terselm/peers/llmlingua-0.2.2/bin/python
@@ -41,6 +41,8 @@ from paper_tables.plan import (
 from paper_tables.tables import report
 
 from terselm.evaluate.run import Evaluation
+
+SUITES = ("gsm8k", "bbh", "nq", "tools", "dialogue")
 
 
 def main() -> int:
@@ -95,12 +97,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--small", default="smollm2-135m", metavar="NAME[=FOLDER]")
     parser.add_argument("--aligned", metavar="NAME=FOLDER", help="a small LM that was aligned to the first target")
     parser.add_argument("--llmlingua", type=Path, help="interpreter or folder with llmlingua")
-    parser.add_argument("--suites", nargs="+", choices=("gsm8k", "bbh", "nq"), default=["gsm8k", "bbh"])
+    parser.add_argument(
+        "--suites", nargs="+", choices=("gsm8k", "bbh", "nq", "tools", "dialogue"), default=["gsm8k", "bbh"]
+    )
     parser.add_argument("--questions", type=int, default=200, help="of GSM8K")
     parser.add_argument("--sets", type=int, default=10, help="demonstration sets of GSM8K")
     parser.add_argument("--bbh-questions", type=int, default=11, help="of each task")
     parser.add_argument("--bbh-tasks", default="", help="with commas; default: all")
     parser.add_argument("--nq-questions", type=int, default=300)
+    parser.add_argument("--tool-questions", type=int, default=24, help="of each of six kinds; as many conversations")
+    parser.add_argument("--peers", type=int, default=1, help="processes of llmlingua that share the prompts")
     parser.add_argument("--budgets", help="with commas; default: the paper's, of NQ shares of the tokens")
     parser.add_argument("--chat", choices=("auto", "always", "never"), default="auto", help="how targets read prompts")
     parser.add_argument("--generate", action="store_true", help="targets answer, too")

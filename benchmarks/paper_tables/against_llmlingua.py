@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from paper_tables.plan import journal_for, matched, methods_of, peer_of, settings_of
@@ -20,8 +21,8 @@ from terselm.evaluate.run import Evaluation
 class Remembering:
     """llmlingua, asked once for each prompt and budget, whichever target then reads the answer."""
 
-    def __init__(self, peer: EvaluationMethod, name: str) -> None:
-        self._peer = peer
+    def __init__(self, peers: Sequence[EvaluationMethod], name: str) -> None:
+        self._peers = peers
         self._name = name
         self._known: dict[tuple[str, int], Compressed] = {}
 
@@ -37,13 +38,16 @@ class Remembering:
                 self._known[repr(prompts[entry["id"]]), entry["allowed"]] = Compressed(text=entry["text"])
 
     def compress(self, prompts: Sequence[Prompt], budgets: Sequence[int]) -> list[Compressed]:
-        shortened = []
-        for prompt, budget in zip(prompts, budgets, strict=True):
-            key = repr(prompt), budget
-            if key not in self._known:
-                self._known[key] = self._peer.compress([prompt], [budget])[0]
-            shortened.append(self._known[key])
-        return shortened
+        wanted = {(repr(prompt), budget): prompt for prompt, budget in zip(prompts, budgets, strict=True)}
+        unknown = [(prompt, *key) for key, prompt in wanted.items() if key not in self._known]
+
+        def ask(number: int) -> None:
+            for prompt, text, budget in unknown[number :: len(self._peers)]:
+                self._known[text, budget] = self._peers[number].compress([prompt], [budget])[0]
+
+        with ThreadPoolExecutor(len(self._peers)) as pool:
+            list(pool.map(ask, range(len(self._peers))))
+        return [self._known[key] for key in ((repr(p), b) for p, b in zip(prompts, budgets, strict=True))]
 
 
 class AsLong:
@@ -65,9 +69,11 @@ def measure_peer(options: argparse.Namespace, suite: str, shard: str) -> None:
     first = settings_of(options, suite, options.target[0], [name])
     count = resolve_counter(first.counter)
     assert count is not None
-    peer = Llmlingua(first.llmlingua, first.model, options.device, PEERS[name])
-    remembering = Remembering(peer, name)
-    try:
+    with ExitStack() as opened:
+        peers = [Llmlingua(first.llmlingua, first.model, options.device, PEERS[name]) for _ in range(options.peers)]
+        for peer in peers:
+            opened.callback(peer.close)
+        remembering = Remembering(peers, name)
         for each in options.target:
             settings = settings_of(options, suite, each, methods_of(options, suite, each, shard))
             folder = journal_for(options, suite, each, shard)
@@ -81,5 +87,3 @@ def measure_peer(options: argparse.Namespace, suite: str, shard: str) -> None:
                 run = Evaluation(settings, folder, target, ready)
                 remembering.recall(run)
                 run.measure()
-    finally:
-        peer.close()

@@ -80,12 +80,16 @@ BASELINES_NQ = [
     "documents-bm25",
     "selective-sentences",
 ]
-NQ = {"ours": OURS_NQ, "baselines": BASELINES_NQ}
+LOOKUPS = {  # one string of a tool's output or of a conversation is asked for
+    "ours": ["terselm", "terselm:ranker=minilm-l6", "terselm:rank_by=bm25", "terselm:rank_by=surprisal"],
+    "baselines": ["truncate", "sentences-random", "bm25-sentences", "minilm-sentences", "question-sentences"],
+}
+RANKED = {"nq": {"ours": OURS_NQ, "baselines": BASELINES_NQ}, "tools": LOOKUPS, "dialogue": LOOKUPS}
 ALIGNMENT = "alignment"
 PEER = "peer"
 SHARDS = ("ours", "ablated", "baselines", PEER)  # of methods, each for a process of its own
 REFERENCES = "references"  # the bare question and the whole prompt, which all are compared with
-BUDGETS = {"nq": ["0.5", "0.25", "0.1", "0.05"]}
+BUDGETS = {"nq": ["0.5", "0.25", "0.1", "0.05"], "tools": ["0.25", "0.1"], "dialogue": ["0.25", "0.1"]}
 SHOTS = ["1-shot", "half-shot", "quarter-shot"]
 NQ_DOCUMENTS = 20
 
@@ -138,7 +142,8 @@ def budgets_of(options: argparse.Namespace, suite: str) -> list[str]:
 
 def shards_of(options: argparse.Namespace, suite: str) -> set[str]:
     """Documents are not thinned by surprisal, so there is nothing that the ablations could take out."""
-    optional = {PEER: options.llmlingua, ALIGNMENT: options.aligned, "ablated": suite != "nq"}
+    peer = options.llmlingua and suite not in ("tools", "dialogue")
+    optional = {PEER: peer, ALIGNMENT: options.aligned, "ablated": suite not in RANKED and not options.methods}
     return {shard for shard in (*SHARDS, ALIGNMENT) if optional.get(shard, True)}
 
 
@@ -147,8 +152,8 @@ def methods_of(options: argparse.Namespace, suite: str, target: str, shard: str)
         return ["truncate"]
     if shard == PEER:
         return [peer_of(suite), *matched(suite)]
-    if suite == "nq" and shard in ("ours", "baselines"):
-        return options.methods.split() if options.methods and shard == "ours" else NQ[shard]
+    if suite in RANKED and shard in ("ours", "baselines"):
+        return options.methods.split() if options.methods and shard == "ours" else RANKED[suite][shard]
     if shard == "ours":
         ours = options.methods.split() if options.methods else list(OURS)
         if target != options.small:  # else it has compressed already
@@ -185,6 +190,8 @@ def settings_of(options: argparse.Namespace, suite: str, target: str, methods: S
             distractors=Distractors.HARDEST,
             data=data / "nq_open" / "oracle.jsonl",
         ),
+        "tools": SuiteSettings(name=SuiteName.TOOLS, questions=options.tool_questions),
+        "dialogue": SuiteSettings(name=SuiteName.DIALOGUE, questions=6 * options.tool_questions),
     }
     return EvaluateSettings(
         suite=suites[suite],

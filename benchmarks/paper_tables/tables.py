@@ -41,7 +41,7 @@ def report(
     settings = settings_of(options, suite, target, whole(methods, measurements, budgets_of(options, suite)))
     loaded = load_suite(settings.suite)
     figures = Figuring(settings, loaded, measurements).all()
-    table = without_folders(options, markdown(settings, loaded, figures))
+    table = without_folders(options, markdown(settings, loaded, figures) + by_kind(suite, measurements))
     result = {
         "command": "python benchmarks/evaluate_paper.py " + " ".join(sys.argv[1:]),
         **frame.circumstances(),
@@ -52,6 +52,21 @@ def report(
     Path(f"{stem}.json").write_text(text + "\n", encoding="utf-8")
     Path(f"{stem}.md").write_text(table + "\n", encoding="utf-8")
     print(table)
+
+
+def by_kind(suite: str, measurements: Sequence[Measurement]) -> str:
+    """For tool output, in how many per cent of the prompts of each kind the answer is kept."""
+    if suite != "tools":
+        return ""
+    kept: dict[tuple[str, str], dict[str, list[bool]]] = {}
+    for one in {one.key: one for one in measurements}.values():
+        kept.setdefault(one.cell, {}).setdefault(one.id.partition("/")[0], []).append(bool(one.answer_kept))
+    kinds = list(next(iter(kept.values())))
+    lines = ["", "", f"| answer kept, % | budget | {' | '.join(kinds)} |", "|---|---|" + "---|" * len(kinds)]
+    for (method, budget), answers in sorted(kept.items(), key=lambda item: (item[0][1], item[0][0])):
+        shares = (f"{100 * sum(answers[kind]) / len(answers[kind]):.0f}" for kind in kinds)
+        lines.append(f"| `{method}` | {budget} | {' | '.join(shares)} |")
+    return "\n".join(lines)
 
 
 def whole(methods: Sequence[str], measurements: Sequence[Measurement], budgets: Sequence[str]) -> list[str]:
