@@ -67,7 +67,8 @@ def otherwise(
 ) -> CompressionSettings | None:
     """Other settings where those that the prompt alone decided do not suit its budget; None where they do.
 
-    Worked examples none of which fits whole are thinned by lines: the end of one example shows a target little.
+    Worked examples none of which fits whole are thinned by lines: the end of one example shows a target little. But
+    not where most have two lines: questions without their answers show it nothing.
     Where not even one sentence or line fits, demonstrations are thinned by tokens.
 
     Args:
@@ -75,7 +76,7 @@ def otherwise(
     """
     if not asked.leaves_thinning_open or asked.rank_by is not RankBy.AUTO:
         return None
-    if settings.anchor == EXAMPLES_ANCHOR and not controller.holds_whole_demonstration:
+    if settings.anchor == EXAMPLES_ANCHOR and not controller.holds_whole_demonstration and controller.has_many_lines:
         return replace(settings, unit=UnitKind.LINE, anchor=0.0)
     if settings.unit is UnitKind.AUTO and not controller.fits_any():
         return replace(settings.without_question(), unit=UnitKind.TOKEN)
@@ -242,6 +243,13 @@ class BudgetController:
     def holds_whole_demonstration(self) -> bool:
         """Whether all of some demonstration is protected."""
         return any(self._free_of[n] == 0 for n in self._demonstrations)
+
+    @property
+    def has_many_lines(self) -> bool:
+        """Whether the demonstrations have three lines or more each, on average; blank ones do not count."""
+        texts = [self._layout.pieces[n].text for n in self._demonstrations]
+        lines = [sum(1 for line in text.split("\n") if line.strip()) for text in texts]
+        return sum(lines) >= 3 * sum(1 for count in lines if count)
 
     def fits_any(self) -> bool:
         """Whether the budget holds one unit of the demonstrations once the other parts have their rates."""

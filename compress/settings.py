@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 from terselm.compress.prompt import Prompt
@@ -156,8 +157,7 @@ class CompressionSettings:
     @property
     def leaves_thinning_open(self) -> bool:
         """Whether nothing says how demonstrations are thinned."""
-        default = CompressionSettings()
-        return all(getattr(self, name) == getattr(default, name) for name in _OF_THINNING)
+        return all(getattr(self, name) == value for name, value in _defaults().items())
 
     def without_question(self) -> CompressionSettings:
         """The same, but that demonstrations are taken by surprisal."""
@@ -197,6 +197,13 @@ class CompressionSettings:
             yield f"{name} needs the question, but rank_by is surprisal; choose rank_by question"
         if self.rank_by not in (RankBy.AUTO, RankBy.SURPRISAL) and self.ablations != Ablations():
             yield f"ablations take parts out of ranking by surprisal, but rank_by is {self.rank_by}; choose surprisal"
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """Of what says how demonstrations are thinned."""
+    default = CompressionSettings()
+    return {name: getattr(default, name) for name in _OF_THINNING}
 
 
 _OF_THINNING = (

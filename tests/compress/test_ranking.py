@@ -294,6 +294,15 @@ def test_what_cannot_be_ranked_is_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_examples_of_two_lines_are_not_thinned_by_lines() -> None:
+    examples = [f"Question: what is {a} + {a}?\nWe add them. The answer is {2 * a}, or so they say." for a in (3, 4, 5)]
+    prompt = Prompt(demonstrations=examples, question="Question: what is 6 + 6?")
+    result = assert_agrees(random_lm(), Case(prompt=prompt, settings=CompressionSettings(), rate=0.35))
+    kept = result.text.removesuffix(prompt.question).removesuffix("\n\n")
+    assert kept
+    assert any(example.endswith(kept) for example in examples)
+
+
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

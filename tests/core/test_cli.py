@@ -138,7 +138,10 @@ def test_a_text_is_ranked_for_what_will_be_asked(model: Path) -> None:
         (["--set", "rank_by"], "override 'rank_by' is not of the form key=value"),
         (["--set", "rankby=bm25"], "did you mean rank_by"),
         (["--set", "rank_by=question"], "the prompt has no question"),
-        (["--set", "ranker=/no/such/ranker", "--ask", "How many apples?"], "no encoder at /no/such/ranker"),
+        (
+            ["--set", "rank_by=embedding", "--set", "ranker=/no/such/ranker", "--ask", "How many?"],
+            "no encoder at /no/such/ranker",
+        ),
         (["--set", "rank_by=question", "--ask", "How many apples? " * 2000], "leaves no room for text"),
     ],
 )
