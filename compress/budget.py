@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from terselm.compress.layout import Layout, Mask
-from terselm.compress.prompt import Part, Prompt
+from terselm.compress.prompt import Part, Prompt, labels_of, most_similar
 from terselm.compress.settings import (
+    EXAMPLES_ANCHOR,
     PAPER_INSTRUCTION_RATE,
     PAPER_QUESTION_RATE,
     AnchorOrder,
     CompressionSettings,
     Order,
+    RankBy,
     Selection,
     UnitKind,
 )
@@ -52,8 +54,33 @@ def allocate(
     assert share is not None, "the settings are those of `settings_for`"
     if not share:
         return begun
-    anchored = _keep_anchor(layout, begun.anchor_order(), math.floor(share * begun.left), begun.protected, over)
+    room = math.floor(share * begun.left)
+    order = begun.anchor_order()
+    if settings.anchor_by is AnchorOrder.AUTO:
+        order = begun.useful_first(order, prompt.question, room)
+    anchored = _keep_anchor(layout, order, room, begun.protected, over)
     return controller(anchored, anchor_only=share == 1)
+
+
+def otherwise(
+    controller: BudgetController, settings: CompressionSettings, asked: CompressionSettings
+) -> CompressionSettings | None:
+    """Other settings where those that the prompt alone decided do not suit its budget; None where they do.
+
+    Worked examples none of which fits whole are thinned by lines: the end of one example shows a target little. But
+    not where most have two lines: questions without their answers show it nothing.
+    Where not even one sentence or line fits, demonstrations are thinned by tokens.
+
+    Args:
+        controller: with ``settings``, which `settings_for` made of ``asked``.
+    """
+    if not asked.leaves_thinning_open or asked.rank_by is not RankBy.AUTO:
+        return None
+    if settings.anchor == EXAMPLES_ANCHOR and not controller.holds_whole_demonstration and controller.has_many_lines:
+        return replace(settings, unit=UnitKind.LINE, anchor=0.0)
+    if settings.unit is UnitKind.AUTO and not controller.fits_any():
+        return replace(settings.without_question(), unit=UnitKind.TOKEN)
+    return None
 
 
 def _keep_whole(
@@ -217,6 +244,13 @@ class BudgetController:
         """Whether all of some demonstration is protected."""
         return any(self._free_of[n] == 0 for n in self._demonstrations)
 
+    @property
+    def has_many_lines(self) -> bool:
+        """Whether the demonstrations have three lines or more each, on average; blank ones do not count."""
+        texts = [self._layout.pieces[n].text for n in self._demonstrations]
+        lines = [sum(1 for line in text.split("\n") if line.strip()) for text in texts]
+        return sum(lines) >= 3 * sum(1 for count in lines if count)
+
     def fits_any(self) -> bool:
         """Whether the budget holds one unit of the demonstrations once the other parts have their rates."""
         units = self._layout.units_of(self._demonstrations)
@@ -228,11 +262,47 @@ class BudgetController:
     def anchor_order(self) -> list[int]:
         """Numbers of the pieces of the demonstrations, in the order in which they become anchors."""
         pieces = self._demonstrations[::-1]
-        if self._settings.anchor_by is AnchorOrder.SHORTEST:
+        if self._settings.anchor_by is not AnchorOrder.LAST:
             pieces.sort(key=self._free_of.__getitem__)  # stable: of equals, the later first
         pinned = {self._demonstrations[i] for i in self._pinned}
         pieces.sort(key=lambda n: n not in pinned)
         return pieces
+
+    def useful_first(self, order: Sequence[int], question: str, room: int) -> list[int]:
+        """The order of `anchor_order` with the worked examples that a target needs most ahead.
+
+        After the pinned ones the most similar to the question, if there is room for it beside one example of each
+        label (or for it alone, if there is none for that anyway), then the shortest example of each label that is
+        still missing.
+
+        Args:
+            order: the pinned first, then the shortest.
+            room: tokens, separators included.
+        """
+        held = set(self._layout.piece_of[self.protected].tolist())
+        cost = {n: self._free_of[n] + (n not in held) * len(self._layout.separator_ids) for n in order}
+        texts = {n: text for n in sorted(order) if (text := self._layout.pieces[n].text).strip()}
+        numbers, examples = list(texts), list(texts.values())
+        labels = dict(zip(numbers, labels_of(examples) or (), strict=False))
+
+        def missing(first: Sequence[int]) -> list[int]:
+            """The shortest example of each label that none of these has."""
+            covered = {labels.get(n) for n in first}
+            shortest = {labels[n]: n for n in reversed(order) if n in labels and labels[n] not in covered}
+            return [n for n in order if n in shortest.values()]
+
+        def size(pieces: Sequence[int]) -> int:
+            return sum(cost[n] for n in pieces)
+
+        first = [n for n in order if self._layout.pieces[n].index in self._named]
+        similar = most_similar(question, examples)
+        if similar is not None and numbers[similar] not in first:
+            more = [*first, numbers[similar]]
+            too_many = size([*first, *missing(first)]) > room  # labels, to keep one of each
+            if size(more if too_many else [*more, *missing(more)]) <= room:
+                first = more
+        first += missing(first)
+        return [*first, *(n for n in order if n not in first)]
 
     @property
     def needs_perplexities(self) -> bool:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from terselm.compress.context import unit_kind
 from terselm.compress.prompt import Part, Piece, Prompt
 from terselm.compress.settings import CompressionSettings, UnitKind
 from terselm.errors import PromptError
@@ -212,7 +211,11 @@ def _kind(piece: Piece, kind: UnitKind) -> UnitKind:
     """How a piece is cut where demonstrations are cut into ``kind``."""
     if piece.part is not Part.DEMONSTRATION:
         return kind if kind is UnitKind.TOKEN else UnitKind.WORD
-    return unit_kind(piece.text) if kind is UnitKind.AUTO else kind
+    if kind is not UnitKind.AUTO:
+        return kind
+    from terselm.compress.context import unit_kind  # where there is a question to rank for
+
+    return unit_kind(piece.text)
 
 
 @dataclass(frozen=True, kw_only=True)

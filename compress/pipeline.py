@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from terselm.compress.budget import BudgetController, Plan, allocate, quotas_of, rank_weights
+from terselm.compress.budget import BudgetController, Plan, allocate, otherwise, quotas_of, rank_weights
 from terselm.compress.itpc import IterativeCompression
 from terselm.compress.layout import Floats32, Layout, LayoutMaker
 from terselm.compress.length import BudgetFit, Count, Length, TokenizerCounter, count_all, fit_all, smallest_budget
-from terselm.compress.modes import otherwise, settings_for
 from terselm.compress.prompt import Part, Prompt
-from terselm.compress.ranking import Ranking
-from terselm.compress.relevance import Relevance, UnitScores, scores_units
 from terselm.compress.result import CompressionResult, DecisionArrays, Reason
-from terselm.compress.selection import RankedSelection
-from terselm.compress.settings import CompressionSettings, RankBy, Selection
+from terselm.compress.settings import CompressionSettings, RankBy, Selection, settings_for
 from terselm.models import CausalLM
 
 if TYPE_CHECKING:
     from terselm.compress.engine.reader import ScoreReader
+    from terselm.compress.ranking import Ranking
+    from terselm.compress.relevance import Relevance, UnitScores
+    from terselm.compress.selection import RankedSelection
     from terselm.statistics import Floats, Ints
 
-StageTwo = IterativeCompression | RankedSelection
+    StageTwo = IterativeCompression | RankedSelection
+
 _CODE = {reason: code for code, reason in enumerate(Reason)}
 
 
@@ -96,7 +96,6 @@ class Pipeline:
         self._reader = reader
         self.count = TokenizerCounter(lm.tokenizer)
         self.layouts = LayoutMaker(self.count.backend, settings)
-        self._relevance = Relevance(settings, self.layouts.tokens_of, reader)
 
     def run(
         self,
@@ -143,6 +142,12 @@ class Pipeline:
         results |= zip(jobs, self._shorten(list(jobs.values()), count), strict=True)
         return [results[number] for number in range(len(prompts))]
 
+    @cached_property
+    def _relevance(self) -> Relevance:
+        from terselm.compress.relevance import Relevance  # not every prompt is ranked
+
+        return Relevance(self._settings, self.layouts.tokens_of, self._reader)
+
     def _shorten(self, jobs: Sequence[_Job], count: Count) -> list[CompressionResult]:
         self._read_demonstrations(jobs)
         plans = [job.controller.plan(job.perplexities()) for job in jobs]
@@ -180,7 +185,7 @@ class Pipeline:
 
     def _stage_two(self, jobs: Sequence[_Job], plans: Sequence[Plan]) -> list[StageTwo]:
         """Stage 2 of each prompt, done."""
-        scored = {number for number, job in enumerate(jobs) if scores_units(job.settings) and plans[number].selected}
+        scored = {number for number, job in enumerate(jobs) if job.settings.scores_units and plans[number].selected}
         iterations: dict[int, IterativeCompression] = {}
         for number, (job, plan) in enumerate(zip(jobs, plans, strict=True)):
             stage = self._iterations(job, plan, demonstrations=number not in scored)
@@ -201,6 +206,8 @@ class Pipeline:
     ) -> dict[int, RankedSelection]:
         if not jobs:
             return {}
+        from terselm.compress.selection import RankedSelection
+
         asked = [(job.asks, plan.layout, plan.selected, job.ranks or {}) for job, plan, _ in jobs.values()]
         if self._settings.contrast:
             scored = self._relevance.contrast([some[:3] for some in asked])

@@ -1,8 +1,10 @@
-"""What a caller hands over: the three parts of a prompt, and the spans of text in it that must survive."""
+"""What a caller hands over: the three parts of a prompt, with worked examples recognised, and what must survive."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -69,6 +71,17 @@ class Prompt:
         """What the demonstrations are ranked for."""
         return self.ranked_for or self.question
 
+    @property
+    def holds_worked_examples(self) -> bool:
+        """Whether two or more demonstrations, and all of them, begin as the question does.
+
+        With a word such as "Question:" or "###": one that is not all letters.
+        """
+        texts = [self.question, *filter(str.strip, self.demonstrations)]
+        opening, *others = (text.split(maxsplit=1)[:1] for text in texts)
+        labelled = bool(opening) and not opening[0].isalpha()
+        return labelled and len(others) > 1 and all(other == opening for other in others)
+
     def pieces(self) -> list[Piece]:
         """What is not empty, in the order instruction, demonstrations, question."""
         pieces = [Piece(part=Part.INSTRUCTION, index=0, text=self.instruction)]
@@ -95,6 +108,51 @@ class Prompt:
 
 PROMPT_KEYS = tuple(field.name for field in fields(Prompt) if field.name != "ranked_for")
 """The keys of a prompt that is written as a JSON object."""
+
+
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_\u3040-\u30ff\u3400-\u9fff]+")
+_BEFORE_LABEL = re.compile(r".*(?:[:=>→|](?:\s|$)|：|\bis(?:\s|$))")
+_LONGEST_LABEL = 3  # words
+
+
+def labels_of(examples: Sequence[str]) -> list[str] | None:
+    """What each of some worked examples answers, where these are classes: short, and some of them the same.
+
+    Returns:
+        None where they are not: an example without a label, one label for all, or as many as examples.
+    """
+    labels = [_label(text) for text in examples]
+    return labels if all(labels) and 1 < len(set(labels)) < len(labels) else None
+
+
+def most_similar(question: str, examples: Sequence[str]) -> int | None:
+    """The number of the worked example whose words are most like the question's, the later of equals.
+
+    The cosine of the sets of words, each weighted by the logarithm of how rare it is among the examples: words of the
+    template count nothing, and the rules need no model.
+
+    Returns:
+        None where no example shares a word with the question that the others do not share.
+    """
+    words = [set(_WORD.findall(text.casefold())) for text in examples]
+    holders = Counter(word for mine in words for word in mine)
+    square = {word: math.log(len(examples) / count) ** 2 for word, count in holders.items()}
+    asked = set(_WORD.findall(question.casefold()))
+    best, place = 0.0, None
+    for number, mine in enumerate(words):  # sums that are exact, whatever the order of a set
+        if (shared := math.fsum(square[word] for word in mine & asked)) > 0:
+            similarity = shared / math.sqrt(math.fsum(square[word] for word in mine))
+            if similarity >= best:
+                best, place = similarity, number
+    return place
+
+
+def _label(example: str) -> str:
+    """What the last line says, after what announces it; empty if that is long."""
+    line = example.strip().rsplit("\n", 1)[-1]
+    announced = _BEFORE_LABEL.match(line)
+    label = line[announced.end() if announced else 0 :].strip(" \t\r.!").casefold()
+    return label if len(label.split()) <= _LONGEST_LABEL else ""
 
 
 class Preset(StrEnum):

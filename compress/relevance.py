@@ -14,7 +14,7 @@ from terselm.compress.layout import Layout
 from terselm.compress.prompt import Part
 from terselm.compress.ranking import Ranker, Ranking, make_ranker
 from terselm.compress.selection import standardised
-from terselm.compress.settings import CompressionSettings, RankBy, UnitKind
+from terselm.compress.settings import CompressionSettings
 from terselm.statistics import Floats, Ints
 
 if TYPE_CHECKING:
@@ -126,13 +126,6 @@ class Relevance:
     @cached_property
     def _ranker(self) -> Ranker:
         return make_ranker(self._settings.rank_by, self._settings.ranker, self._tokenise, self._reader)
-
-
-def scores_units(settings: CompressionSettings) -> bool:
-    """Whether Stage 2 takes units by what they are worth for the question, not by surprisal."""
-    if settings.rank_by is RankBy.SURPRISAL:
-        return False
-    return settings.contrast or settings.unit in (UnitKind.AUTO, UnitKind.SENTENCE, UnitKind.LINE)
 
 
 def _shown(layout: Layout, pieces: Sequence[int]) -> tuple[Ints, list[str], Ints]:

@@ -98,10 +98,10 @@ class Batcher:
 def make_app(compressor: PromptCompressor, *, most: int = 64) -> FastAPI:
     """The application: ``POST /compress`` and ``GET /health``.
 
-    A request is a JSON object: ``text``, or ``instruction``, ``demonstrations``, ``question`` and ``pinned``;
-    ``budget`` or ``rate``; and, if wanted, ``keep``, ``counter`` and ``"tokens": true`` for the decision on every
-    token. The answer is what `CompressionResult.to_dict` gives. What cannot be compressed is answered with status 422
-    and a sentence.
+    A request is a JSON object: ``text``, with the ``question`` that it is ranked for if there is one, or
+    ``instruction``, ``demonstrations``, ``question`` and ``pinned``; ``budget`` or ``rate``; and, if wanted, ``keep``,
+    ``counter`` and ``"tokens": true`` for the decision on every token. The answer is what `CompressionResult.to_dict`
+    gives. What cannot be compressed is answered with status 422 and a sentence.
     """
     from fastapi import Body, FastAPI
     from fastapi.responses import JSONResponse

@@ -1,4 +1,4 @@
-"""How to compress."""
+"""How to compress: the settings, and what they leave open, decided by the prompt."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
+from terselm.compress.prompt import Prompt
 from terselm.config import refuse
+from terselm.errors import PromptError
 
 PAPER_INSTRUCTION_RATE, PAPER_QUESTION_RATE = 0.85, 0.9
 EXAMPLES_ANCHOR = 1.0  # see docs/results.md
@@ -28,6 +31,7 @@ class UnitKind(StrEnum):
 class AnchorOrder(StrEnum):
     """Which demonstrations are kept whole first."""
 
+    AUTO = "auto"  # of worked examples the most similar to the question, one of each label, then the shortest
     LAST = "last"  # those next to the question
     SHORTEST = "shortest"  # as many as possible
 
@@ -116,9 +120,8 @@ class CompressionSettings:
             last below it; those between by rank.
         anchor: share in [0, 1] of what the budget leaves for demonstrations that goes to some of them kept whole, and
             to the end of one more; 1 keeps nothing else. Small targets read that best. None: `EXAMPLES_ANCHOR` where
-            the demonstrations are worked examples (two or more that begin as the question does, with a word such as
-            "Question:"), else, and with ablations, 0.
-        anchor_by: which demonstrations these are.
+            the demonstrations are worked examples (see `Prompt.holds_worked_examples`), else, and with ablations, 0.
+        anchor_by: which demonstrations these are; ``auto`` is ``shortest`` where ``anchor`` is given.
         cache_bytes: memory for surprisals of earlier prompts, so that repeated demonstrations are not read again.
         ablations: parts of the algorithm taken out.
 
@@ -140,9 +143,25 @@ class CompressionSettings:
     contrast: bool = False
     rank_delta: float = 0.0
     anchor: float | None = None
-    anchor_by: AnchorOrder = AnchorOrder.SHORTEST
+    anchor_by: AnchorOrder = AnchorOrder.AUTO
     cache_bytes: int = 64 << 20
     ablations: Ablations = field(default_factory=Ablations)
+
+    @property
+    def scores_units(self) -> bool:
+        """Whether Stage 2 takes units of demonstrations by what they are worth for the question, not by surprisal."""
+        if self.rank_by is RankBy.SURPRISAL:
+            return False
+        return self.contrast or self.unit in (UnitKind.AUTO, UnitKind.SENTENCE, UnitKind.LINE)
+
+    @property
+    def leaves_thinning_open(self) -> bool:
+        """Whether nothing says how demonstrations are thinned."""
+        return all(getattr(self, name) == value for name, value in _defaults().items())
+
+    def without_question(self) -> CompressionSettings:
+        """The same, but that demonstrations are taken by surprisal."""
+        return replace(self, rank_by=RankBy.SURPRISAL, ranker=None, contrast=False, rank_delta=0.0)
 
     def __post_init__(self) -> None:
         kinds = {"unit": UnitKind, "order": Order, "anchor_by": AnchorOrder, "rank_by": RankBy}
@@ -180,10 +199,73 @@ class CompressionSettings:
             yield f"ablations take parts out of ranking by surprisal, but rank_by is {self.rank_by}; choose surprisal"
 
 
+@cache
+def _defaults() -> dict[str, Any]:
+    """Of what says how demonstrations are thinned."""
+    default = CompressionSettings()
+    return {name: getattr(default, name) for name in _OF_THINNING}
+
+
+_OF_THINNING = (
+    "k",
+    "instruction_rate",
+    "question_rate",
+    "segment_size",
+    "unit",
+    "order",
+    "anchor",
+    "anchor_by",
+    "ablations",
+)
+
+
+def settings_for(prompt: Prompt, settings: CompressionSettings) -> CompressionSettings:
+    """The settings with ``rank_by``, ``unit``, ``anchor`` and ``anchor_by`` decided (docs/algorithm.md, §1 and §5).
+
+    Only a unit of sentences or lines may stay open, as `UnitKind.AUTO`: each text then decides. `AnchorOrder.AUTO` is
+    left to worked examples that were recognised as such.
+
+    Raises:
+        PromptError: there is nothing to rank, or no question to rank it for, although the settings ask for that.
+    """
+    rank_by = settings.rank_by
+    if rank_by is RankBy.AUTO:
+        rank_by = _rank_by(prompt, settings)
+    elif rank_by is not RankBy.SURPRISAL:
+        _require_ranking(prompt, rank_by)
+    unit, anchor, anchor_by = settings.unit, settings.anchor, settings.anchor_by
+    if unit is UnitKind.AUTO and (rank_by is RankBy.SURPRISAL or settings.contrast):
+        unit = UnitKind.TOKEN
+    if anchor is None:  # with ablations there would be nothing to take parts from
+        surprisal = rank_by is RankBy.SURPRISAL and settings.ablations == Ablations()
+        anchor = EXAMPLES_ANCHOR if surprisal and prompt.holds_worked_examples else 0.0
+    elif anchor_by is AnchorOrder.AUTO:
+        anchor_by = AnchorOrder.SHORTEST
+    if rank_by is RankBy.SURPRISAL:
+        settings = settings.without_question()
+    return replace(settings, rank_by=rank_by, unit=unit, anchor=anchor, anchor_by=anchor_by)
+
+
 def paper_settings(**changes: Any) -> CompressionSettings:
     """What the paper used (§5), but for `changes`."""
     paper = CompressionSettings(instruction_rate=PAPER_INSTRUCTION_RATE, question_rate=PAPER_QUESTION_RATE, anchor=0.0)
     return replace(paper, **changes)
+
+
+def _rank_by(prompt: Prompt, settings: CompressionSettings) -> RankBy:
+    examples = not prompt.ranked_for and prompt.holds_worked_examples
+    asked = settings.contrast or settings.rank_delta > 0 or (settings.leaves_thinning_open and not examples)
+    if not (asked and prompt.asks.strip() and any(map(str.strip, prompt.demonstrations))):
+        return RankBy.SURPRISAL
+    return RankBy.QUESTION if settings.ranker is None else RankBy.EMBEDDING
+
+
+def _require_ranking(prompt: Prompt, rank_by: RankBy) -> None:
+    way_out = "choose rank_by auto or surprisal for such prompts"
+    if not prompt.asks.strip():
+        raise PromptError(f"rank_by is {rank_by}, but the prompt has no question; give one, or {way_out}")
+    if not any(map(str.strip, prompt.demonstrations)):
+        raise PromptError(f"rank_by is {rank_by}, but the prompt has no demonstrations to rank; {way_out}")
 
 
 def _to_enum(settings: object, name: str, kind: type[StrEnum]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from terselm.compress.compressor import PromptCompressor
 from terselm.compress.length import Length, resolve_counter
 from terselm.compress.prompt import Keep, compile_keep
 from terselm.compress.settings import CompressionSettings
+from terselm.config import refuse
 from terselm.data.journal import locked
 from terselm.data.rows import Json
 from terselm.errors import BudgetError, ConfigError, ContextLengthError, DataFormatError, PromptError, TerseLMError
@@ -48,7 +49,7 @@ class BulkSettings:
         batch_size: rows that are compressed, and committed to disk, together.
 
     Raises:
-        ConfigError, BudgetError: a value out of its range.
+        ConfigError, BudgetError: values out of their range; all of them are named.
     """
 
     model: str
@@ -61,13 +62,26 @@ class BulkSettings:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.budget is not None or self.rate is not None:
-            Length(budget=self.budget, rate=self.rate)
         if isinstance(self.keep, str | re.Pattern):
             object.__setattr__(self, "keep", (self.keep,))
-        compile_keep(self.keep)
+        faults = list(self._faults())
+        if len(faults) == 1:
+            raise faults[0]
+        refuse(map(str, faults))
+
+    def _faults(self) -> Iterator[TerseLMError]:
+        try:
+            if self.budget is not None or self.rate is not None:
+                Length(budget=self.budget, rate=self.rate)
+        except BudgetError as error:
+            yield error
+        for item in self.keep:
+            try:
+                compile_keep([item])
+            except ConfigError as error:
+                yield error
         if self.batch_size < 1:
-            raise ConfigError(f"batch_size is {self.batch_size}; expected at least 1 row")
+            yield ConfigError(f"batch_size is {self.batch_size}; expected at least 1 row")
 
     def binding(self) -> dict[str, Any]:
         """What a result depends on, as plain values."""

@@ -13,7 +13,7 @@ from terselm.compress.result import CompressionResult
 from terselm.data.rows import Json
 from terselm.errors import BudgetError, PromptError
 
-_FORMS = "text, prompt, or instruction, demonstrations and question"
+_FORMS = "text (and the question it is for), prompt, or instruction, demonstrations and question"
 RESULT_KEYS = ("compressed", "original_tokens", "compressed_tokens", "ratio", "selected")
 READ_KEYS = frozenset((*PROMPT_KEYS, "text", "prompt", "budget", "rate"))
 """Keys that are read; all others are passed through."""
@@ -39,8 +39,8 @@ def read_prompt_row(
 
     Args:
         number: of the row, from 1.
-        row: one prompt, as ``text`` (without parts), as ``prompt`` (an object with the parts), or as its parts;
-            ``budget`` or ``rate`` where this row's differs.
+        row: one prompt, as ``text`` (without parts; a ``question`` beside it is what it is ranked for), as ``prompt``
+            (an object with the parts), or as its parts; ``budget`` or ``rate`` where this row's differs.
         budget, rate: for a row that gives neither; at most one of the two.
 
     Raises:
@@ -70,6 +70,7 @@ def result_values(result: CompressionResult) -> Json:
 
 def _prompt(values: Mapping[str, Any]) -> Prompt:
     parts = {key: values[key] for key in PROMPT_KEYS if key in values}
+    question = parts.pop("question", "") if "text" in values else ""
     forms = [*(key for key in ("text", "prompt") if key in values), *list(parts)[:1]]
     if len(forms) != 1:
         named = " and ".join(forms) if forms else "no prompt"
@@ -77,7 +78,9 @@ def _prompt(values: Mapping[str, Any]) -> Prompt:
     if "text" in values:
         if not isinstance(values["text"], str):
             raise PromptError(f"text is a {type(values['text']).__name__}; expected a string")
-        parts = {"demonstrations": [values["text"]]}
+        if not isinstance(question, str):
+            raise PromptError(f"question is a {type(question).__name__}; expected a string")
+        parts = {"demonstrations": [values["text"]], "ranked_for": question}
     if "prompt" in values:
         parts = _nested(values["prompt"])
     if not isinstance(parts.get("demonstrations", []), list):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -136,6 +137,8 @@ def settle(
                 unit.protected = True
             break
         open_parts.pop()
+    if settled.anchor is not None and settled.anchor_by == "auto":
+        settled = replace(settled, anchor_by="shortest")
     if settled.anchor is None:
         words = [text.split()[0] for text in prompt.demonstrations if text.split()]
         opening = prompt.question.split()[:1]
@@ -160,9 +163,13 @@ def keep_anchor(
     left = max(0, target - sum(unit.cost for unit in charged) - separator * max(0, len(holders) - 1)) - need
     room = math.floor(settings.anchor * left)
     order = [piece for piece in reversed(pieces) if piece.part == "demonstration"]
-    if settings.anchor_by == "shortest":
+    if settings.anchor_by != "last":
         order.sort(key=lambda piece: piece.free)
     order = [piece for piece in order if piece.index in pinned] + [p for p in order if p.index not in pinned]
+    if settings.anchor_by == "auto":
+        prices = {id(p): p.free + (0 if p.part + str(p.index) in holders else separator) for p in order}
+        question = "".join(piece.text for piece in pieces if piece.part == "question")
+        order = most_useful_first(order, prices, question, room, pinned)
     backwards = [unit for piece in order for unit in reversed(piece.units)]
     anchor: list[Unit] = []
     for unit in backwards:
@@ -181,6 +188,73 @@ def keep_anchor(
         anchor = anchor[: max(0, len(anchor) - excess)]
     for unit in anchor:
         unit.protected = True
+
+
+def most_useful_first(
+    order: list[Piece], prices: dict[int, int], question: str, room: int, pinned: Sequence[int]
+) -> list[Piece]:
+    """Pinned examples, the most similar, one of each label, the others. ``order``: pinned ones, then the shortest."""
+    examples = sorted((piece for piece in order if piece.text.strip()), key=lambda piece: piece.index)
+    names = {id(piece): label_of(piece.text) for piece in examples}
+    distinct = set(names.values())
+    if not all(distinct) or len(distinct) < 2 or len(distinct) == len(examples):
+        names, distinct = {}, set()
+
+    def completed(some: list[Piece]) -> list[Piece]:
+        full = list(some)
+        for piece in order:
+            name = names.get(id(piece))
+            if name is not None and all(names.get(id(other)) != name for other in full):
+                full.append(piece)
+        return full
+
+    def price(some: list[Piece]) -> int:
+        return sum(prices[id(piece)] for piece in some)
+
+    front = [piece for piece in order if piece.index in pinned]
+    scores = similarities(question, [piece.text for piece in examples])
+    if scores and max(scores) > 0:
+        best = [piece for piece, score in zip(examples, scores, strict=True) if score == max(scores)][-1]
+        alone = price(completed(front)) > room >= price([*front, best])
+        if best not in front and (alone or price(completed([*front, best])) <= room):
+            front = [*front, best]
+    front = completed(front)
+    return front + [piece for piece in order if piece not in front]
+
+
+def label_of(text: str) -> str:
+    line = text.strip().split("\n")[-1] + " "
+    start = 0
+    for at in range(1, len(line) + 1):
+        head = line[:at]
+        sign = head[-1] == "：" or (head[-1].isspace() and head[-2:-1] in tuple(":=>→|"))
+        verb = head[-1].isspace() and re.search(r"(^|\W)is$", head[:-1])
+        if sign or verb:
+            start = at
+    label = line[start:].strip(" \t\r.!").casefold()
+    return label if len(label.split()) < 4 else ""
+
+
+def similarities(question: str, texts: list[str]) -> list[float]:
+    """Cosines of sets of words, but for the length of the question's."""
+    sets = [words_of(text) for text in texts]
+    asked = words_of(question)
+    scores = []
+    for mine in sets:
+        weights = {word: math.log(len(texts) / sum(word in other for other in sets)) ** 2 for word in mine}
+        shared = math.fsum(weight for word, weight in weights.items() if word in asked)
+        scores.append(shared / math.sqrt(math.fsum(weights.values())) if shared else 0.0)
+    return scores
+
+
+def words_of(text: str) -> set[str]:
+    spaced = ""
+    for c in text.casefold():
+        if "\u3040" <= c <= "\u30ff" or "\u3400" <= c <= "\u9fff":
+            spaced += f" {c} "
+        else:
+            spaced += c if c.isalnum() and not c.isdecimal() else " "
+    return set(spaced.split())
 
 
 def len_of(piece: Piece) -> int:

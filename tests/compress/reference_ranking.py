@@ -55,7 +55,13 @@ def otherwise(pieces: list[Piece], target: int, separator: int, settings: Any, a
     demonstrations = [piece for piece in pieces if piece.part == "demonstration"]
     if settings.anchor == 1:
         fits = any(piece.free == 0 for piece in demonstrations)
-        return None if fits else replace(asked, rank_by="surprisal", unit="line", anchor=0.0)
+        texts = [piece.text for piece in demonstrations if piece.text.strip()]
+        lines = [line for text in texts for line in text.split("\n") if line.strip()]
+        return (
+            None
+            if fits or len(lines) < 3 * len(texts)
+            else replace(asked, rank_by="surprisal", unit="line", anchor=0.0)
+        )
     free = [unit.cost for piece in demonstrations for unit in piece.units if not unit.protected]
     if settings.unit != "auto" or not free:
         return None

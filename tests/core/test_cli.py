@@ -121,6 +121,34 @@ def test_a_budget_below_what_is_protected(model: Path) -> None:
     assert compress(model, "--budget", smallest, "--keep-preset", "numbers")
 
 
+def test_a_text_is_ranked_for_what_will_be_asked(model: Path) -> None:
+    text = "The shop opens at nine. Sam had 12 apples and gave 5 of them away. It rained all day and nobody came by."
+    ask = ("--ask", "How many apples did Sam give away?")
+    assert compress(model, "--rate", 0.6, *ask, stdin=text) != compress(model, "--rate", 0.6, stdin=text)
+    kept = compress(model, "--rate", 0.6, *ask, "--set", "rank_by=question", "--set", "unit=sentence", stdin=text)
+    assert kept.strip()
+    assert all(sentence.strip(". \n") in text for sentence in kept.split(". "))
+    assert "How many" not in kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--set", "rank_by=luck"], "rank_by"),
+        (["--set", "rank_by"], "override 'rank_by' is not of the form key=value"),
+        (["--set", "rankby=bm25"], "did you mean rank_by"),
+        (["--set", "rank_by=question"], "the prompt has no question"),
+        (
+            ["--set", "rank_by=embedding", "--set", "ranker=/no/such/ranker", "--ask", "How many?"],
+            "no encoder at /no/such/ranker",
+        ),
+        (["--set", "rank_by=question", "--ask", "How many apples? " * 2000], "leaves no room for text"),
+    ],
+)
+def test_what_cannot_be_ranked(model: Path, arguments: list[str], expected: str) -> None:
+    assert expected in mistake("compress", "--model", model, "--device", "cpu", "--budget", 5, *arguments)
+
+
 def test_broken_files(tmp_path: Path) -> None:
     prompt = tmp_path / "prompt.json"
     prompt.write_text('{"question": "a",\n "instruction" }')

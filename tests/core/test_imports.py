@@ -41,6 +41,8 @@ WITH_TORCH = (  # the only places that know tensors, at any depth of a file
     "terselm.compress.engine",
     "terselm.evaluate.targets",
     "terselm.data.generate",
+    "terselm.data.replies",
+    "terselm.data.slots",
     "terselm.data.score",
     "terselm.data.collection.local",
 )

@@ -25,6 +25,12 @@ _Counter = Annotated[
     str | None, typer.Option(help="Tokenizer that budgets are counted in: cl100k_base, gpt-4o, a model name.")
 ]
 _Config = Annotated[Path | None, typer.Option(help="YAML file with compression settings.")]
+_Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="A setting, ahead of those of the file: rank_by=bm25, ranker=minilm-l6; may be repeated."
+    ),
+]
 _Keep = Annotated[list[str] | None, typer.Option(help="Literal text that must survive; may be repeated.")]
 _KeepRegex = Annotated[list[str] | None, typer.Option(help="The same as a regular expression.")]
 _KeepPreset = Annotated[list[str] | None, typer.Option(help="numbers, urls or code_fences.")]
@@ -44,11 +50,18 @@ def compress(
         list[Path] | None, typer.Option(help="File with one demonstration or document; may be repeated.")
     ] = None,
     question: Annotated[Path | None, typer.Option(help="File with the question; '-' is standard input.")] = None,
+    ask: Annotated[
+        str | None,
+        typer.Option(
+            help="What will be asked, so that the answer stays: documents are ranked for it; it is not printed."
+        ),
+    ] = None,
     budget: Annotated[int | None, typer.Option(help="Tokens allowed.")] = None,
     rate: Annotated[float | None, typer.Option(help="Fraction of the tokens to keep, in (0, 1].")] = None,
     counter: _Counter = None,
     model: _Model = "smollm2-135m",
     config: _Config = None,
+    changes: _Set = None,
     keep: _Keep = None,
     keep_regex: _KeepRegex = None,
     keep_preset: _KeepPreset = None,
@@ -65,11 +78,11 @@ def compress(
     from terselm.compress.settings import CompressionSettings
     from terselm.config import load_config
 
-    asked = Prompt(**parts)
+    asked = Prompt(**parts, ranked_for=ask or "")
     if not asked.pieces():  # before a model is loaded
         raise PromptError("the prompt is empty; give an instruction, demonstrations or a question")
     length = Length(budget=budget, rate=rate)
-    settings = load_config(CompressionSettings, config) if config is not None else None
+    settings = load_config(CompressionSettings, config, changes or []) if config is not None or changes else None
     from terselm.compress.compressor import PromptCompressor
 
     quieten_transformers()
@@ -88,6 +101,7 @@ def compress_file(
     counter: _Counter = None,
     model: _Model = "smollm2-135m",
     config: _Config = None,
+    changes: _Set = None,
     keep: _Keep = None,
     keep_regex: _KeepRegex = None,
     keep_preset: _KeepPreset = None,
@@ -116,7 +130,7 @@ def compress_file(
         rate=rate,
         keep=protected,
         counter=counter,
-        compression=load_config(CompressionSettings, config),
+        compression=load_config(CompressionSettings, config, changes or []),
         batch_size=batch_size,
     )
 
@@ -135,6 +149,7 @@ def compress_file(
 def serve(
     model: _Model = "smollm2-135m",
     config: _Config = None,
+    changes: _Set = None,
     host: Annotated[str, typer.Option(help="Address to listen on; there is no access control.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8008,
     device: _Device = "auto",
@@ -151,7 +166,7 @@ def serve(
     from terselm.compress.settings import CompressionSettings
     from terselm.config import load_config
 
-    settings = load_config(CompressionSettings, config)
+    settings = load_config(CompressionSettings, config, changes or [])
     quieten_transformers()
     compressor = PromptCompressor.from_pretrained(model, device=device, dtype=dtype, settings=settings)
     compressor.warm_up()
