@@ -81,26 +81,37 @@ def chat_ids(
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a whole conversation, and which of them the assistant says, the end of its turns included.
 
-    A template that marks what the assistant says (``{% generation %}``) is believed. Else an assistant's turn is what
-    the template adds to the prompt that it answers, and prompts and turns are tokenised one by one, as they are when
-    the model answers.
+    See `chat_pieces`; prompts and turns are tokenised one by one, as they are when the model answers.
 
     Returns:
         ids and mask, of one length.
 
     Raises:
-        ModelError: as `chat_text`; or the template marks nothing and renders a turn in another way once others follow.
+        ModelError: as `chat_pieces`.
     """
-    if _GENERATION.search(str(tokenizer.chat_template)):
-        marked = _apply(tokenizer, messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
-        return list(marked["input_ids"]), [bool(own) for own in marked["assistant_masks"]]
     ids: list[int] = []
     mask: list[bool] = []
-    for text, own in _pieces(tokenizer, messages, tools):
+    for text, own in chat_pieces(tokenizer, messages, tools=tools):
         tokens = _encode(tokenizer, text)
         ids += tokens
         mask += [own] * len(tokens)
     return ids, mask
+
+
+def chat_pieces(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Any] | None = None
+) -> list[tuple[str, bool]]:
+    """The text of a whole conversation in pieces, each with whether the assistant says it, the end of its turn included.
+
+    A template that marks what the assistant says (``{% generation %}``) is believed. Else an assistant's turn is what
+    the template adds to the prompt that it answers.
+
+    Raises:
+        ModelError: as `chat_text`; or the template marks nothing and renders a turn in another way once others follow.
+    """
+    if _GENERATION.search(str(getattr(tokenizer, "chat_template", None))):
+        return list(_marked_pieces(tokenizer, messages, tools))
+    return list(_added_pieces(tokenizer, messages, tools))
 
 
 def _apply(tokenizer: Any, messages: Messages, **options: Any) -> Any:
@@ -108,9 +119,16 @@ def _apply(tokenizer: Any, messages: Messages, **options: Any) -> Any:
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(turn) for turn in messages]
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError("the tokenizer has no chat template; choose a chat model, or render the messages yourself")
+    with _clear_errors(turns):
+        return tokenizer.apply_chat_template(turns, **options)
+
+
+@contextmanager
+def _clear_errors(turns: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """Bounds what a template does with these turns, and makes one sentence of its errors."""
     try:
         with _bounded(_SECONDS):
-            return tokenizer.apply_chat_template(turns, **options)
+            yield
     except _EndlessError:
         raise ModelError(
             f"the chat template did not end within {_SECONDS:g} s; the model's template is faulty, choose another model"
@@ -122,10 +140,33 @@ def _apply(tokenizer: Any, messages: Messages, **options: Any) -> Any:
         ) from None
 
 
-def _pieces(
+def _marked_pieces(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
 ) -> Iterator[tuple[str, bool]]:
-    """The conversation in pieces, each with whether the assistant says it."""
+    """As the template marks them."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    turns = [dict(turn) for turn in messages]
+    with _clear_errors(turns):
+        (whole,), (spans,) = render_jinja_template(
+            conversations=[turns],
+            tools=None if tools is None else list(tools),
+            chat_template=tokenizer.get_chat_template(tools=tools),
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    done = 0
+    for start, end in spans:
+        yield whole[done:start], False
+        yield whole[start:end], True
+        done = end
+    yield whole[done:], False
+
+
+def _added_pieces(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
+) -> Iterator[tuple[str, bool]]:
+    """An assistant's turn is what is added to the prompt that it answers."""
     whole = chat_text(tokenizer, messages, tools=tools, add_generation_prompt=False)
     done = 0
     for index, message in enumerate(messages):
@@ -148,7 +189,8 @@ def _pieces(
 def _without_tail(tokenizer: Any, turn: str) -> str:
     """A turn up to the special token that ends it: the line end behind it is the template's, no model says it."""
     end = turn.rstrip()
-    return end if any(end.endswith(token) for token in tokenizer.all_special_tokens) else turn
+    named = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return end if any(end.endswith(token) for token in (*named, *tokenizer.all_special_tokens)) else turn
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
