@@ -101,10 +101,10 @@ def chat_ids(
 def chat_pieces(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Any] | None = None
 ) -> list[tuple[str, bool]]:
-    """The text of a whole conversation in pieces, each with whether the assistant says it, the end of its turn included.
+    """The text of a whole conversation in pieces, each with whether the assistant says it.
 
     A template that marks what the assistant says (``{% generation %}``) is believed. Else an assistant's turn is what
-    the template adds to the prompt that it answers.
+    the template adds to the prompt that it answers, up to the token that ends it.
 
     Raises:
         ModelError: as `chat_text`; or the template marks nothing and renders a turn in another way once others follow.
@@ -179,18 +179,25 @@ def _added_pieces(
                 f"the chat template renders turn {index + 1} of {len(messages)} in another way once others follow it, "
                 "so what the assistant says cannot be told apart; train on single turns, or with another template"
             )
-        said = _without_tail(tokenizer, after[len(before) :])
+        said = after[len(before) :]
+        said = said[: _end_of_turn(tokenizer, said)[1]]
         yield whole[done : len(before)], False
         yield said, True
         done = len(before) + len(said)
     yield whole[done:], False
 
 
-def _without_tail(tokenizer: Any, turn: str) -> str:
-    """A turn up to the special token that ends it: the line end behind it is the template's, no model says it."""
+def without_end(tokenizer: Any, turn: str) -> str:
+    """What the assistant says in a piece of `chat_pieces`, without the special token that ends its turn."""
+    return turn[: _end_of_turn(tokenizer, turn)[0]]
+
+
+def _end_of_turn(tokenizer: Any, turn: str) -> tuple[int, int]:
+    """Where the special token stands that ends a turn, if one does; a line end behind it is the template's."""
     end = turn.rstrip()
-    named = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return end if any(end.endswith(token) for token in (*named, *tokenizer.all_special_tokens)) else turn
+    named = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    endings = [token for token in (named | set(tokenizer.all_special_tokens)) if token and end.endswith(token)]
+    return (len(end) - max(map(len, endings)), len(end)) if endings else (len(turn), len(turn))
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
