@@ -119,14 +119,14 @@ def plan_collection(
         DataFormatError: ``out`` or its ledger is damaged.
         ModelError: the target's tokenizer cannot be loaded.
     """
-    if not settings.is_local or settings.chat is ChatMode.NEVER:
+    if not settings.is_local or settings.chat == ChatMode.NEVER:
         return plan_requests(instructions, settings)
     forms = {chat: plan_requests(instructions, settings, chat=chat) for chat in (False, True)}
     known = _known(out)
     begun = [chat for chat, requests in forms.items() if any(request.id in known for request in requests)]
-    if settings.chat is ChatMode.ALWAYS and True in begun:
+    if settings.chat == ChatMode.ALWAYS and True in begun:
         return forms[True]
-    if settings.chat is ChatMode.AUTO and len(begun) == 1:
+    if settings.chat == ChatMode.AUTO and len(begun) == 1:
         return forms[begun[0]]
     from terselm.models import load_tokenizer
 

@@ -66,7 +66,7 @@ def plan_requests(
             count[temperature] += 1
     if len({request.id for request in requests}) < len({(r.id, r.temperature, r.sample) for r in requests}):
         raise ConfigError("temperature is omitted, so several temperatures ask the same; give one, and samples")
-    if settings.is_local and settings.chat is ChatMode.NEVER:
+    if settings.is_local and settings.chat == ChatMode.NEVER:
         for request in requests:
             if request.template is None:
                 raise ConfigError(

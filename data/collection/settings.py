@@ -226,7 +226,7 @@ class CollectSettings:
             yield "endpoint is 'local:'; expected a model after it, such as local:gemma3-270m"
         if self.omit or self.extra_body or self.azure_api_version:
             yield "omit, extra_body and azure_api_version are for endpoints; this target is local"
-        if self.chat is ChatMode.NEVER and not self.templates:
+        if self.chat == ChatMode.NEVER and not self.templates:
             yield "chat=never asks through plain templates; give templates.default, or choose chat=auto"
 
     def _faults_if_remote(self) -> Iterator[str]:
@@ -237,7 +237,7 @@ class CollectSettings:
             yield f"endpoint is {self.endpoint!r}; expected http(s)://HOST/… or local:MODEL"
         if not self.model.strip():
             yield "model is empty; name the model that the endpoint is to ask"
-        if self.chat is not ChatMode.AUTO:
+        if self.chat != ChatMode.AUTO:
             yield f"chat={self.chat} is for local targets; an endpoint is told by api=chat or api=completions"
         if self.templates and self.api is Api.CHAT:
             yield "templates are for plain text; set api=completions, or leave them out"
