@@ -46,11 +46,11 @@ def score_texts(
 
 def opened_by(lm: CausalLM, first: int) -> CausalLM:
     """The same model, whose texts start with the token ``first``: a chat template may open with another than BOS."""
-    return _OpenedBy(model=lm.model, tokenizer=lm.tokenizer, name=lm.name, first=first)
+    return _OtherStart(model=lm.model, tokenizer=lm.tokenizer, name=lm.name, first=first)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OpenedBy(CausalLM):
+class _OtherStart(CausalLM):
     first: int
 
     @property

@@ -55,7 +55,7 @@ def answer_all(
     lengths = {name: len(encode(lm, prompt, settings.max_new_tokens)) for name, prompt in prompts.items()}
     _say_form(lm, pending, settings)
     attempts, draws = Counter(ledger.attempts()), Counter(ledger.attempts([ANSWERED]))
-    answers = (_Slots if _takes_slots(lm, engine) else _Batches)(lm, settings.batch_size)
+    answers = (_RefilledAnswers if _takes_slots(lm, engine) else _BatchedAnswers)(lm, settings.batch_size)
     while pending:
         again: list[Request] = []
         for batch in _batches(pending, lengths, answers, settings.max_new_tokens):
@@ -90,7 +90,7 @@ def _say_form(lm: CausalLM, pending: Sequence[Request], settings: CollectSetting
 
 
 def _batches(
-    pending: Sequence[Request], lengths: Mapping[str, int], answers: _Slots | _Batches, new_tokens: int
+    pending: Sequence[Request], lengths: Mapping[str, int], answers: _RefilledAnswers | _BatchedAnswers, new_tokens: int
 ) -> Iterator[list[Request]]:
     """Longest prompts first; a prompt of less than half the tokens of a batch's first goes into the next batch."""
     batch: list[Request] = []
@@ -128,7 +128,7 @@ def _takes_slots(lm: CausalLM, engine: Engine) -> bool:
     return True
 
 
-class _Slots:
+class _RefilledAnswers:
     """Answers from slots that are refilled, so that none waits for the longest of a batch.
 
     Args:
@@ -168,7 +168,7 @@ class _Slots:
             yield group
 
 
-class _Batches:
+class _BatchedAnswers:
     """Answers in batches that are decoded together: as many as fit, and fewer once they turn out not to.
 
     Args:
