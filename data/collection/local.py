@@ -83,8 +83,8 @@ def _outcome(request: Request, intent: Intent, answer: Answer, draw: int, settin
 
 
 def _say_form(lm: CausalLM, pending: Sequence[Request], settings: CollectSettings) -> None:
-    """A collection that goes on in plain templates with a chat model was begun before there was a choice."""
-    plain = not any(request.chat for request in pending)
+    """Say that a collection goes on in plain templates with a chat model, since it was begun so."""
+    plain = any(request.template is not None for request in pending)
     if plain and settings.chat == ChatMode.AUTO and getattr(lm.tokenizer, "chat_template", None):
         _log.info("%s has a chat template, but this collection was begun without it and goes on so", lm.name)
 
