@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from terselm.data.records import Message, Record, Role
 from terselm.errors import ModelError
-from terselm.models.chat import chat_pieces, without_end
+from terselm.models.chat import chat_pieces, encode_pieces, without_end
 from terselm.train.settings import LossOn, Overlong, Template
 
 SEPARATOR = "\n\n"  # what the compressor puts between the parts of a prompt
@@ -261,11 +260,14 @@ def _is_cut_short(record: Record) -> bool:
 
 def _chats(records: Sequence[Record], encoding: Encoding) -> Iterator[_Whole]:
     """Conversations up to the end of the response: what the template writes after that, nobody says."""
-    conversations = [_conversation(record, encoding.tokenizer) for record in records]
-    texts = [text for pieces in conversations for text, _ in pieces]
-    tokens = _tokenise(encoding, texts, chat=True)
-    for record, pieces in zip(records, conversations, strict=True):
-        yield _chat(record, pieces, list(islice(tokens, len(pieces))), encoding)
+    for record in records:
+        pieces = _conversation(record, encoding.tokenizer)
+        encoded = encode_pieces(encoding.tokenizer, [text for text, _ in pieces])
+        tokens = [
+            TokenSpans(np.asarray(ids, dtype=np.int64), np.asarray(spans, dtype=np.int64).reshape(-1, 2))
+            for ids, spans in encoded
+        ]
+        yield _chat(record, pieces, tokens, encoding)
 
 
 def _conversation(record: Record, tokenizer: Any) -> list[tuple[str, bool]]:
@@ -319,15 +321,14 @@ def _place_of_response(record: Record, said: str) -> tuple[int, int]:
     return start, start + len(response)
 
 
-def _tokenise(encoding: Encoding, texts: list[str], *, chat: bool = False) -> Iterator[TokenSpans]:
-    """Tokens of each text. In a chat, text that looks like a special token is one, and spans are always given."""
+def _tokenise(encoding: Encoding, texts: list[str]) -> Iterator[TokenSpans]:
     if not texts:
         return
-    with_spans = chat or encoding.guidance is not None
+    with_spans = encoding.guidance is not None
     encoded = encoding.tokenizer(
         texts,
         add_special_tokens=False,
-        split_special_tokens=not chat,
+        split_special_tokens=True,
         return_attention_mask=False,
         return_offsets_mapping=with_spans,
         verbose=False,

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from itertools import accumulate
 from types import FrameType
 from typing import Any
 
@@ -81,7 +82,7 @@ def chat_ids(
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a whole conversation, and which of them the assistant says, the end of its turns included.
 
-    See `chat_pieces`; prompts and turns are tokenised one by one, as they are when the model answers.
+    See `chat_pieces` and `encode_pieces`.
 
     Returns:
         ids and mask, of one length.
@@ -89,12 +90,10 @@ def chat_ids(
     Raises:
         ModelError: as `chat_pieces`.
     """
-    ids: list[int] = []
-    mask: list[bool] = []
-    for text, own in chat_pieces(tokenizer, messages, tools=tools):
-        tokens = _encode(tokenizer, text)
-        ids += tokens
-        mask += [own] * len(tokens)
+    pieces = chat_pieces(tokenizer, messages, tools=tools)
+    encoded = encode_pieces(tokenizer, [text for text, _ in pieces])
+    ids = [token for tokens, _ in encoded for token in tokens]
+    mask = [own for (_, own), (tokens, _) in zip(pieces, encoded, strict=True) for _ in tokens]
     return ids, mask
 
 
@@ -112,6 +111,45 @@ def chat_pieces(
     if _GENERATION.search(str(getattr(tokenizer, "chat_template", None))):
         return list(_marked_pieces(tokenizer, messages, tools))
     return list(_added_pieces(tokenizer, messages, tools))
+
+
+def encode_pieces(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Token ids of consecutive pieces of a text, and the characters of its piece that each token stands for.
+
+    Pieces are tokenised one by one, as prompt and answer are when a model answers, so that no token belongs to two. But
+    a tokenizer that begins every text with a space, as SentencePiece's do, would begin every piece with one, which no
+    model ever reads: there the whole is tokenised, and cut where the pieces meet, unless a token stands across.
+    """
+    if _begins_with_space(tokenizer):
+        whole = tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        cut = _cut(texts, zip(whole["input_ids"], whole["offset_mapping"], strict=True))
+        if cut is not None:
+            return cut
+    apart = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(zip(apart["input_ids"], apart["offset_mapping"], strict=True))
+
+
+def _begins_with_space(tokenizer: Any) -> bool:
+    first = tokenizer("x", add_special_tokens=False).input_ids[:1]
+    return str(tokenizer.convert_ids_to_tokens(first)[0]).startswith(("▁", "Ġ"))
+
+
+def _cut(
+    texts: Sequence[str], tokens: Iterable[tuple[int, tuple[int, int]]]
+) -> list[tuple[list[int], list[tuple[int, int]]]] | None:
+    """Tokens of the whole by piece; None where one stands across two pieces."""
+    pieces: list[tuple[list[int], list[tuple[int, int]]]] = [([], []) for _ in texts]
+    ends = list(accumulate(map(len, texts)))
+    piece = 0
+    for token, (start, end) in tokens:
+        while piece < len(texts) - 1 and start >= ends[piece]:
+            piece += 1
+        if end > ends[piece]:
+            return None
+        first = ends[piece] - len(texts[piece])
+        pieces[piece][0].append(token)
+        pieces[piece][1].append((max(0, start - first), end - first))
+    return pieces
 
 
 def _apply(tokenizer: Any, messages: Messages, **options: Any) -> Any:
@@ -173,7 +211,9 @@ def _added_pieces(
         if message.get("role") != "assistant":
             continue
         before = chat_text(tokenizer, messages[:index], tools=tools)
-        after = chat_text(tokenizer, messages[: index + 1], tools=tools, add_generation_prompt=False)
+        is_last = index == len(messages) - 1
+        through = messages[: index + 1]
+        after = whole if is_last else chat_text(tokenizer, through, tools=tools, add_generation_prompt=False)
         if not (whole.startswith(before) and whole.startswith(after) and after.startswith(before)):
             raise ModelError(
                 f"the chat template renders turn {index + 1} of {len(messages)} in another way once others follow it, "
