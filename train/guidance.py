@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from terselm.data.logprobs import Given, LogProbFile, ScoredText
-from terselm.data.schema import PlainText
+from terselm.data.schema import Message, PlainText
 from terselm.data.score import score_texts
 from terselm.errors import ConfigError
 from terselm.models import CausalLM, load_tokenizer
+from terselm.models.chat import ChatMode, chat_prompt, uses_chat
 from terselm.statistics import word_spans, words_of_tokens
-from terselm.train.examples import NO_WORD, Guide, RenderedRecord, TokenSpans
+from terselm.train.examples import NO_WORD, SEPARATOR, Guide, RenderedRecord, TokenSpans
 
 
 class TargetOpinions:
@@ -62,9 +63,28 @@ class TargetOpinions:
                 opinion = self._stored.get(name)
                 yield opinion if opinion is not None and _is_of(opinion, record) else None
             return
+        if any(record.messages is not None for record in rendered):  # of a run, all or none
+            yield from self._of_answers(self._lm, rendered)
+            return
         texts = [PlainText(id=str(i), text=record.prompt + record.response) for i, record in enumerate(rendered)]
         scored = {text.id: text for batch in score_texts(self._lm, texts, self._top_k) for text in batch}
         yield from (scored[text.id] for text in texts)
+
+    def _of_answers(self, lm: CausalLM, rendered: Sequence[RenderedRecord]) -> Iterator[ScoredText]:
+        """On the responses of chats, each after its prompt as the target reads it."""
+        texts = [PlainText(id=str(i), text=record.response, response_start=0) for i, record in enumerate(rendered)]
+        prompts = [_target_prompt(lm, record.messages or ()) for record in rendered]
+        scored = {text.id: text for batch in score_texts(lm, texts, self._top_k, prompts) for text in batch}
+        yield from (scored[text.id] for text in texts)
+
+
+def _target_prompt(lm: CausalLM, messages: Sequence[Message]) -> list[int]:
+    """Token ids: in the target's chat template, or after its start token with blank lines between."""
+    if uses_chat(lm.tokenizer, ChatMode.AUTO, lm.name):
+        turns = [{"role": message.role.value, "content": message.content} for message in messages]
+        return chat_prompt(lm.tokenizer, turns)
+    text = "".join(message.content + SEPARATOR for message in messages)
+    return [lm.start_id, *lm.tokenizer(text, add_special_tokens=False).input_ids]
 
 
 def guide(record: RenderedRecord, tokens: TokenSpans, opinion: ScoredText | None, top_k: int) -> Guide:

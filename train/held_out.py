@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,8 @@ class HeldOutText:
             tokens[prompt_of[example.record]] += example.counted.sum()
         for record in {example.record for example in text.examples}:
             text_bytes[prompt_of[record]] += len(records[record].response.encode())
-        raw = tuple("".join(astuple(render_record(record, Template.RAW))) for record in records)
+        plain = (render_record(record, Template.RAW) for record in records)
+        raw = tuple(text.prompt + text.response for text in plain)
         return cls(text, prompt_of, tokens, text_bytes, raw)
 
     def halves(self, seed: int) -> tuple[HeldOutText, HeldOutText]:

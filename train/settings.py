@@ -23,6 +23,8 @@ class Template(StrEnum):
     """The messages and the response, with blank lines between: what the compressor reads."""
     ALPACA = "alpaca"
     """The instruction template of the LLMLingua paper."""
+    CHAT = "chat"
+    """The small LM's own chat template, each message as a turn: what the assistant says is learnt, in every turn."""
 
 
 class LossOn(StrEnum):
@@ -311,7 +313,8 @@ class AlignSettings:
         run_dir: folder for the adapter or the model, the metrics and the checkpoints.
         method: what is trained; ``lora`` holds the settings of the adapters.
         template: how a record becomes text.
-        loss_on: which tokens the loss counts; held-out text is always scored on the response.
+        loss_on: which tokens the loss counts; held-out text is always scored on the response. In a chat, ``response``
+            is what the assistant says in all turns, with the tokens that end them.
         tracker: where the loss and the scores are sent while the run goes on.
         dtype: number format of the frozen weights and the matrix products.
         seed: of the held-out split, the order of the rows, and the adapter's first values.

@@ -30,7 +30,7 @@ from terselm.files import atomic_folder, remove_partials
 from terselm.models import cache_folder
 from terselm.train.examples import EncodedRecords, Encoding, Example, GuidanceSource, Guide, encode_records
 from terselm.train.run_folder import clear_disk_errors
-from terselm.train.settings import LossOn
+from terselm.train.settings import LossOn, Template
 
 _FORM = 1  # of the files; another number makes all of them anew
 _AT_ONCE = 1000  # records
@@ -92,6 +92,9 @@ class TextRequest:
             "rows": [encoding.max_length, encoding.overlong],
             "target": [self.target, encoding.top_k],
         }
+        if encoding.template is Template.CHAT:
+            tokenizer = encoding.tokenizer
+            parts["chat"] = [str(tokenizer.chat_template), {k: str(v) for k, v in tokenizer.special_tokens_map.items()}]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -179,7 +182,7 @@ def _training_records(source: RecordSource, request: TextRequest, held_out: list
 
 
 def _write_held_out(request: TextRequest, records: list[Record], folder: Path) -> dict[str, int]:
-    encoding = replace(request.encoding, end_id=None, loss_on=LossOn.RESPONSE)
+    encoding = replace(request.encoding, end_id=None, loss_on=LossOn.RESPONSE, every_turn=False)
     encoded = encode_records(records, encoding)
     (folder / "held_out").mkdir()
     with ExampleWriter(folder / "held_out", guided=False, top_k=0) as writer:

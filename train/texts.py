@@ -21,7 +21,7 @@ from terselm.train.examples import EncodedRecords, Encoding, GuidanceSource
 from terselm.train.held_out import HeldOutText
 from terselm.train.packing import Row, pack_lengths
 from terselm.train.provenance import file_sha256, folder_sha256
-from terselm.train.settings import AlignSettings, DataSettings, ObjectiveSettings
+from terselm.train.settings import AlignSettings, DataSettings, ObjectiveSettings, Template
 from terselm.train.text_cache import RecordSource, StoredRow, TextRequest, tokenised
 
 
@@ -71,9 +71,10 @@ def prepare_texts(settings: AlignSettings, lm: CausalLM, sources: list[RecordSou
         sources: of the records, if they are known already.
 
     Raises:
-        ConfigError: rows longer than the model's window, a side of the split without a token to count, or a source
-            that cannot be read.
+        ConfigError: rows longer than the model's window, a side of the split without a token to count, a source that
+            cannot be read, or a small LM without the chat template that is asked for.
         DataFormatError: a bad line.
+        ModelError: the chat template refuses a record.
     """
     row_length, seed = settings.data.max_length, settings.seed
     if row_length > lm.window:
@@ -109,6 +110,11 @@ def prepare_texts(settings: AlignSettings, lm: CausalLM, sources: list[RecordSou
 
 
 def _request(settings: AlignSettings, lm: CausalLM, sources: list[RecordSource]) -> TextRequest:
+    if settings.template is Template.CHAT and not getattr(lm.tokenizer, "chat_template", None):
+        raise ConfigError(
+            f"template is 'chat', but the tokenizer of {lm.name!r} has no chat template; choose template=raw or "
+            "alpaca, or a small LM with a chat template"
+        )
     encoding = Encoding(
         tokenizer=lm.tokenizer,
         start_id=lm.start_id,

@@ -15,17 +15,20 @@ from terselm.data.collection.ledger import Ledger, State, ledger_of
 from terselm.data.collection.outcome import CollectionProgress
 from terselm.data.collection.plan import Request, asked, plan_requests
 from terselm.data.collection.settings import CollectSettings, Options
+from terselm.data.formats import Format
 from terselm.data.instructions import Instruction
 from terselm.data.journal import locked
+from terselm.data.records import read_records
 from terselm.data.rows import Json
 from terselm.errors import TargetLLMError
 from terselm.files import remove_partials
+from terselm.models.chat import ChatMode, uses_chat
 from terselm.models.process import Process, current_process
 
 if TYPE_CHECKING:
     from terselm.models import CausalLM
 
-__all__ = ["CollectSummary", "Options", "ask", "collect", "open_ledger", "open_run", "still_waiting"]
+__all__ = ["CollectSummary", "Options", "ask", "collect", "open_ledger", "open_run", "plan_collection", "still_waiting"]
 _ALONE = Process()
 
 
@@ -88,7 +91,7 @@ def collect(
     """
     options = options or Options()
     process = current_process() if settings.is_local else _ALONE
-    requests = plan_requests(instructions, settings)
+    requests = plan_collection(instructions, out, settings, lm)
     with open_run(out, requests, process) as ledger:
         if options.retry_failed:
             ledger.retry([State.FAILED])
@@ -99,6 +102,47 @@ def collect(
             raise TargetLLMError(_why_nothing(ledger, requests, settings, stopped))
         reused = sum(before[request.id] is State.DONE for request in requests)
         return _summary(ledger, requests, reused=reused, stopped=stopped, files=files)
+
+
+def plan_collection(
+    instructions: Sequence[Instruction], out: Path, settings: CollectSettings, lm: CausalLM | None = None
+) -> list[Request]:
+    """All requests. Where ``settings.chat`` leaves the form of the prompts open, it is that in which ``out`` was begun.
+
+    So a collection never holds prompts of two forms because a default has changed.
+
+    Args:
+        lm: a local target that is loaded already.
+
+    Raises:
+        ConfigError: as `plan_requests`; or ``chat`` is ``always``, and the target has no chat template.
+        DataFormatError: ``out`` or its ledger is damaged.
+        ModelError: the target's tokenizer cannot be loaded.
+    """
+    if not settings.is_local or settings.chat == ChatMode.NEVER:
+        return plan_requests(instructions, settings)
+    forms = {chat: plan_requests(instructions, settings, chat=chat) for chat in (False, True)}
+    known = _known(out)
+    begun = [chat for chat, requests in forms.items() if any(request.id in known for request in requests)]
+    if settings.chat == ChatMode.ALWAYS and True in begun:
+        return forms[True]
+    if settings.chat == ChatMode.AUTO and len(begun) == 1:
+        return forms[begun[0]]
+    from terselm.models import load_tokenizer
+
+    tokenizer = load_tokenizer(settings.local_name) if lm is None else lm.tokenizer
+    return forms[uses_chat(tokenizer, settings.chat, settings.local_name)]
+
+
+def _known(out: Path) -> set[str]:
+    """The requests in the ledger of ``out``, else those whose records it holds."""
+    known: set[str] = set()
+    if ledger_of(out).is_file():
+        with Ledger(ledger_of(out)) as ledger:
+            known.update(ledger.states())
+    if not known and out.is_file():
+        known.update(record.id for record in read_records(out, Format.RECORDS))
+    return known
 
 
 @contextmanager
@@ -180,7 +224,7 @@ def ask(
             if pending:
                 answer_all(load(), ledger, pending, settings, progress)
             if settings.logprobs.keep:
-                score_records(load, ledger, [request.id for request in mine], settings.logprobs.top_k)
+                score_records(load, ledger, mine, settings.logprobs.top_k)
             return None
         from terselm.data.collection.remote import Remote, answer_task, ask_all
 

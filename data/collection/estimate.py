@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import fmean, linear_regression, stdev
 
 from terselm.data.collection.admission import PromptSizes, prompt_bytes
-from terselm.data.collection.collect import ask, open_run, still_waiting
+from terselm.data.collection.collect import ask, open_run, plan_collection, still_waiting
 from terselm.data.collection.ledger import Use
-from terselm.data.collection.plan import Request, plan_requests, prompt_text
+from terselm.data.collection.plan import Request, local_prompt
 from terselm.data.collection.settings import CollectSettings, Options, Price, read_price
 from terselm.data.instructions import Instruction
 from terselm.errors import ConfigError
@@ -75,7 +75,7 @@ def estimate(
     """
     options = options or Options()
     price = read_price(options.prices, settings.target)
-    requests = plan_requests(instructions, settings)
+    requests = plan_collection(instructions, out, settings)
     if pilot < 0:
         raise ConfigError(f"pilot is {pilot}; expected 0 or more requests")
     with open_run(out, requests) as ledger:
@@ -168,8 +168,10 @@ def _local_lengths(waiting: Sequence[Request], settings: CollectSettings) -> lis
     from terselm.models import load_tokenizer
 
     tokenizer = load_tokenizer(settings.local_name)
-    prompts = [prompt_text(request, tokenizer) for request in waiting]
-    return [1 + len(ids) for ids in tokenizer(prompts, add_special_tokens=False).input_ids] if prompts else []
+    prompts = [local_prompt(request, tokenizer) for request in waiting]
+    plain = [prompt for prompt in prompts if isinstance(prompt, str)]
+    lengths = iter(tokenizer(plain, add_special_tokens=False).input_ids if plain else [])
+    return [1 + len(next(lengths)) if isinstance(prompt, str) else len(prompt) for prompt in prompts]
 
 
 def _bytes(request: Request) -> int:

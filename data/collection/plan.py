@@ -15,10 +15,13 @@ from terselm.data.instructions import Instruction
 from terselm.data.rows import Json
 from terselm.data.schema import Message, Parameter, Role, prompt_hash, record_id
 from terselm.errors import ConfigError, DataFormatError
+from terselm.models.chat import ChatMode, chat_prompt, chat_text
 
 DEFAULT_TEMPLATE = "default"
 CHAT_TEMPLATE = "chat"
 """Recorded as the prompt template where the tokenizer's own chat template rendered the prompt."""
+_CHAT = "chat"
+"""The parameter of requests that are asked through the chat template, exactly as it renders them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,22 +37,42 @@ class Request:
     temperature: float
     seed: int
 
+    @property
+    def chat(self) -> bool:
+        """Whether a local target reads it exactly as its chat template renders it."""
+        return self.parameters.get(_CHAT) is True
 
-def plan_requests(instructions: Sequence[Instruction], settings: CollectSettings) -> list[Request]:
+
+def plan_requests(
+    instructions: Sequence[Instruction], settings: CollectSettings, *, chat: bool = False
+) -> list[Request]:
     """All requests, instruction by instruction, in the order of ``settings.temperatures``.
 
+    Args:
+        chat: a local target is asked through its chat template, which makes other requests; else by the plain template
+            of each category, or where none applies as collections were before there was this choice: through the chat
+            template, but after the start token of plain text.
+
     Raises:
-        ConfigError: two requests are the same, since what tells them apart is not sent.
+        ConfigError: two requests are the same, since what tells them apart is not sent; a category has no plain
+            template, and there is no other way.
     """
     requests = []
     for instruction in instructions:
         count: Counter[float] = Counter()
         samples = [(t, settings.samples if t > 0 else 1) for t in settings.temperatures]
         for temperature in (t for t, times in samples for _ in range(times)):
-            requests.append(_request(instruction, settings, temperature, sample=count[temperature]))
+            requests.append(_request(instruction, settings, temperature, sample=count[temperature], chat=chat))
             count[temperature] += 1
     if len({request.id for request in requests}) < len({(r.id, r.temperature, r.sample) for r in requests}):
         raise ConfigError("temperature is omitted, so several temperatures ask the same; give one, and samples")
+    if settings.is_local and settings.chat == ChatMode.NEVER:
+        for request in requests:
+            if request.template is None:
+                raise ConfigError(
+                    f"no template for category {request.instruction.category!r}, and chat is 'never'; give one under "
+                    f"templates.{DEFAULT_TEMPLATE}, or choose chat=auto"
+                )
     return requests
 
 
@@ -99,6 +122,18 @@ def recall(name: str, noted: Json) -> Request:
     )
 
 
+def local_prompt(request: Request, tokenizer: Any) -> str | tuple[int, ...]:
+    """What a local target reads: token ids as the chat template has them, start token included; or text after it.
+
+    Raises:
+        ConfigError, DataFormatError: as `prompt_text`.
+        ModelError: the chat template refuses the messages.
+    """
+    if not request.chat:
+        return prompt_text(request, tokenizer)
+    return tuple(chat_prompt(tokenizer, _turns(request.instruction.messages)))
+
+
 def prompt_text(request: Request, tokenizer: Any) -> str:
     """The prompt as text, by its template or by the tokenizer's chat template.
 
@@ -114,9 +149,12 @@ def prompt_text(request: Request, tokenizer: Any) -> str:
             f"no template for category {request.instruction.category!r}, and the model has no chat template; "
             f"give one under templates.{DEFAULT_TEMPLATE} (data/sample/collect.yaml shows how)"
         )
-    turns = [{"role": message.role.value, "content": message.content} for message in messages]
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    text = chat_text(tokenizer, _turns(messages))
     return text.removeprefix(tokenizer.bos_token or "")
+
+
+def _turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role.value, "content": message.content} for message in messages]
 
 
 def _plain(name: str, messages: Sequence[Message]) -> str:
@@ -127,14 +165,16 @@ def _plain(name: str, messages: Sequence[Message]) -> str:
     return "\n\n".join(message.content for message in messages)
 
 
-def _request(instruction: Instruction, settings: CollectSettings, temperature: float, sample: int) -> Request:
+def _request(
+    instruction: Instruction, settings: CollectSettings, temperature: float, *, sample: int, chat: bool
+) -> Request:
     default = settings.templates.get(DEFAULT_TEMPLATE)
-    template = settings.templates.get(instruction.category or DEFAULT_TEMPLATE, default)
+    template = None if chat else settings.templates.get(instruction.category or DEFAULT_TEMPLATE, default)
     key = f"{settings.seed}:{prompt_hash(instruction.messages)}:{float(temperature)}:{sample}"
     # 31 bits, a seed that no other request shares but by chance
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
     make = _local_parameters if settings.is_local else _remote_parameters
-    parameters = make(settings, template, temperature, seed)
+    parameters = make(settings, template, temperature, seed) | ({_CHAT: True} if chat else {})
     return Request(
         id=record_id(instruction.messages, settings.target, parameters, sample),
         model=settings.target,

@@ -18,7 +18,7 @@ from terselm.data.collection.plan import Request
 from terselm.data.collection.settings import CollectSettings, LogProbSettings, PromptScores
 from terselm.data.formats import Format, RecordReader
 from terselm.data.logprobs import About, Given, ScoredText, write_logprobs
-from terselm.data.schema import PlainText, record_text
+from terselm.data.schema import PlainText, Record, record_text
 
 _ARRAYS = ("starts", "ends", "logprobs", "token_ids", "top_logprobs", "top_ids")
 
@@ -26,8 +26,8 @@ _ARRAYS = ("starts", "ends", "logprobs", "token_ids", "top_logprobs", "top_ids")
 def export_logprobs(ledger: Ledger, requests: Sequence[Request], path: Path, settings: CollectSettings) -> None:
     """Write the file of log-probabilities that belongs to the records of these requests."""
     if settings.is_local:
-        names = [request.id for request in requests if ledger.record(request.id) is not None]
-        scored = stored_scores(ledger, ((name, text_of(ledger, name)) for name in names))
+        recorded = [request for request in requests if ledger.record(request.id) is not None]
+        scored = stored_scores(ledger, ((request.id, text_of(ledger, request)) for request in recorded))
     else:
         scored = endpoint_scores(ledger, requests)
     write_logprobs(path, scored, about(settings))
@@ -53,11 +53,14 @@ def stored_scores(ledger: Ledger, texts: Iterable[tuple[str, PlainText]]) -> Ite
             yield unpack(data, text)
 
 
-def text_of(ledger: Ledger, request: str) -> PlainText:
-    """Of a request's record, as the compressor reads it."""
-    record = ledger.record(request)
-    assert record is not None, request
-    return record_text(RecordReader(Format.RECORDS).record(record))
+def text_of(ledger: Ledger, request: Request) -> PlainText:
+    """Of a local target's answer, what is scored: the record as the compressor reads it, or in a chat its response."""
+    held = ledger.record(request.id)
+    assert held is not None, request.id
+    record: Record = RecordReader(Format.RECORDS).record(held)
+    if request.chat:
+        return PlainText(id=record.id, text=record.response, response_start=0)
+    return record_text(record)
 
 
 def endpoint_scores(ledger: Ledger, requests: Iterable[Request]) -> Iterator[ScoredText]:

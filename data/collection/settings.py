@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from terselm.config import refuse
 from terselm.errors import ConfigError
 from terselm.extras import first_line
+from terselm.models.chat import ChatMode
 
 LOCAL = "local:"
 SLOT = "{prompt}"
@@ -160,8 +161,9 @@ class CollectSettings:
         batch_size: answers that a local target generates together; by default what the memory allows, up to 1024.
         attempts: how often a local target draws a sampled answer until it is neither empty nor looping nor copied
             from the template. What an endpoint answers is paid for and kept as it is.
-        templates: by category of the instruction; ``default`` for all others. Where none applies, the model's chat
-            template.
+        templates: plain text around a prompt, by category of the instruction; ``default`` for all others.
+        chat: whether a local target is asked through its own chat template: ``auto`` where it has one, ``always``, or
+            ``never``; else through ``templates``. A collection that was begun in one form goes on in it under ``auto``.
 
     Raises:
         ConfigError: values are out of range, or contradict one another.
@@ -187,6 +189,7 @@ class CollectSettings:
     batch_size: int | None = None
     attempts: int = 3
     templates: dict[str, PromptTemplate] = field(default_factory=dict)
+    chat: ChatMode = ChatMode.AUTO
 
     def __post_init__(self) -> None:
         refuse([*self._faults_of_numbers(), *(self._faults_if_local() if self.is_local else self._faults_if_remote())])
@@ -223,6 +226,8 @@ class CollectSettings:
             yield "endpoint is 'local:'; expected a model after it, such as local:gemma3-270m"
         if self.omit or self.extra_body or self.azure_api_version:
             yield "omit, extra_body and azure_api_version are for endpoints; this target is local"
+        if self.chat == ChatMode.NEVER and not self.templates:
+            yield "chat=never asks through plain templates; give templates.default, or choose chat=auto"
 
     def _faults_if_remote(self) -> Iterator[str]:
         parts = urlsplit(self.endpoint)
@@ -232,6 +237,8 @@ class CollectSettings:
             yield f"endpoint is {self.endpoint!r}; expected http(s)://HOST/… or local:MODEL"
         if not self.model.strip():
             yield "model is empty; name the model that the endpoint is to ask"
+        if self.chat != ChatMode.AUTO:
+            yield f"chat={self.chat} is for local targets; an endpoint is told by api=chat or api=completions"
         if self.templates and self.api is Api.CHAT:
             yield "templates are for plain text; set api=completions, or leave them out"
         if not self.templates and self.api is Api.COMPLETIONS and self.logprobs.of_texts is PromptScores.NONE:

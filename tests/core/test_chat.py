@@ -6,11 +6,12 @@ import sys
 from typing import Any
 
 import pytest
-from fakes import bytes_tokenizer
+from fakes import bytes_tokenizer, fallback_tokenizer
+from tokenizers import normalizers
 
 from terselm.errors import ConfigError, ModelError
 from terselm.models import chat
-from terselm.models.chat import ChatMode, chat_ids, chat_prompt, chat_text, uses_chat
+from terselm.models.chat import ChatMode, chat_ids, chat_pieces, chat_prompt, chat_text, encode_pieces, uses_chat
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -102,6 +103,39 @@ def test_a_template_that_marks_the_assistant_is_believed() -> None:
     ids, mask = chat_ids(made, TURNS)
     assert made.decode(ids) == chat_text(made, TURNS, add_generation_prompt=False)
     assert spoken(made, ids, mask).replace(" ", "") == "\n12</s>Thecatsat.</s>"
+
+
+def test_the_pieces_are_the_whole_text() -> None:
+    for template in (CHATML, MARKED, WITH_START):
+        made = tokenizer(template)
+        pieces = chat_pieces(made, TURNS[:3])
+        assert "".join(text for text, _ in pieces) == chat_text(made, TURNS[:3], add_generation_prompt=False)
+
+
+def test_no_space_is_put_before_every_piece() -> None:
+    """As Llama 2's tokenizer would, which begins every text with a space."""
+    made = fallback_tokenizer(bos=True)
+    made.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), made.backend_tokenizer.normalizer]
+    )
+    made.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}</s>{% else %}"
+        "[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "The cat"}, {"role": "assistant", "content": "sat on the mat"}] * 2
+    ids, mask = chat_ids(made, turns)
+    whole = chat_text(made, turns, add_generation_prompt=False)
+    assert ids == made(whole, add_special_tokens=False).input_ids
+    pieces = [text for text, _ in chat_pieces(made, turns)]
+    for text, (tokens, spans) in zip(pieces, encode_pieces(made, pieces), strict=True):
+        assert len(tokens) == len(spans)
+        assert sorted({place for start, end in spans for place in range(start, end)}) == list(range(len(text)))
+    said = made.convert_ids_to_tokens([token for token, own in zip(ids, mask, strict=True) if own])
+    assert "".join(said).replace("▁", " ") == "sat on the mat</s>sat on the mat</s>"
+    # Where a token stands across two pieces, each is tokenised by itself.
+    assert [len(tokens) for tokens, _ in encode_pieces(made, ["th", "e cat"])] == [
+        len(made(text, add_special_tokens=False).input_ids) for text in ("th", "e cat")
+    ]
 
 
 def test_a_template_that_forgets() -> None:

@@ -290,11 +290,11 @@ def test_no_progress_bar_off_a_terminal(tmp_path: Path, capfd: pytest.CaptureFix
 def test_a_batch_that_does_not_fit_is_halved_and_stays_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
-    def tight(lm: CausalLM, queries: Sequence[Query], limits: Limits) -> list[Answer]:
+    def tight(lm: CausalLM, queries: Sequence[Query], limits: Limits, **how: Any) -> list[Answer]:
         sizes.append(len(queries))
         if len(queries) > 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return generate(lm, queries, limits)
+        return generate(lm, queries, limits, **how)
 
     monkeypatch.setattr(local, "generate", tight)
     given = settings(temperatures=[0.0], batch_size=16)
@@ -308,7 +308,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_stays_so(tmp_path: Path, monkey
 
 
 def test_memory_for_not_even_one_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(lm: CausalLM, queries: Sequence[Query], limits: Limits) -> list[Answer]:
+    def none(lm: CausalLM, queries: Sequence[Query], limits: Limits, **how: Any) -> list[Answer]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(local, "generate", none)

@@ -30,6 +30,9 @@ _Source = Annotated[
 ]
 _Endpoint = Annotated[str | None, typer.Option(help="https://…/v1, or local:MODEL.")]
 _Model = Annotated[str | None, typer.Option(help="The model, as the endpoint calls it.")]
+_Chat = Annotated[
+    str | None, typer.Option(help="Local target through its chat template: auto (where it has one), always, never.")
+]
 _Config = Annotated[Path | None, typer.Option(help="YAML file with collection settings.")]
 _KeyFile = Annotated[Path | None, typer.Option(help="File with the endpoint's key, else $OPENAI_API_KEY.")]
 _Prices = Annotated[Path | None, typer.Option(help="YAML table of prices for a million tokens.")]
@@ -54,6 +57,7 @@ def collect(
     max_requests: _MaxRequests = None,
     batch: _Batch = False,
     retry_failed: _RetryFailed = False,
+    chat: _Chat = None,
     estimate: Annotated[bool, typer.Option("--estimate", hidden=True)] = False,
     pilot: Annotated[int, typer.Option(hidden=True)] = 0,
     status: Annotated[bool, typer.Option("--status", hidden=True)] = False,
@@ -72,9 +76,11 @@ def collect(
         collection_score(out, instructions, *whom, key_file, prices, max_cost, max_requests, retry_failed, overrides)
     elif estimate:
         _moved("--estimate", "estimate")
-        collection_estimate(out, instructions, *whom, key_file, prices, max_cost, max_requests, batch, pilot, overrides)
+        collection_estimate(
+            out, instructions, *whom, key_file, prices, max_cost, max_requests, batch, pilot, chat, overrides
+        )
     else:
-        settings = _settings(*whom, overrides)
+        settings = _settings(*whom, overrides, chat)
         options = _options(key_file, prices, max_cost, max_requests, batch=batch, retry_failed=retry_failed)
         from terselm.data.collection.collect import collect as run
 
@@ -102,10 +108,11 @@ def collection_estimate(
     max_requests: _MaxRequests = None,
     batch: _Batch = False,
     pilot: _Pilot = 0,
+    chat: _Chat = None,
     overrides: _Overrides = None,
 ) -> None:
     """Say what the requests that are still to be asked will use: tokens and cost, as expected and at most."""
-    settings = _settings(endpoint, model, config, overrides)
+    settings = _settings(endpoint, model, config, overrides, chat)
     options = _options(key_file, prices, max_cost, max_requests, batch=batch)
     from terselm.data.collection.estimate import estimate
 
@@ -230,12 +237,17 @@ def _options(
 
 
 def _settings(
-    endpoint: str | None, model: str | None, config: Path | None, overrides: list[str] | None
+    endpoint: str | None,
+    model: str | None,
+    config: Path | None,
+    overrides: list[str] | None,
+    chat: str | None = None,
 ) -> CollectSettings:
     from terselm.config import load_config
     from terselm.data.collection.settings import CollectSettings
 
-    named = [f"{name}={value}" for name, value in (("endpoint", endpoint), ("model", model)) if value is not None]
+    options = {"endpoint": endpoint, "model": model, "chat": chat}
+    named = [f"{name}={value}" for name, value in options.items() if value is not None]
     settings = load_config(CollectSettings, config, [*named, *(overrides or [])])
     if settings.is_local:
         quieten_transformers()

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from itertools import accumulate
 from types import FrameType
 from typing import Any
 
@@ -81,26 +82,74 @@ def chat_ids(
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a whole conversation, and which of them the assistant says, the end of its turns included.
 
-    A template that marks what the assistant says (``{% generation %}``) is believed. Else an assistant's turn is what
-    the template adds to the prompt that it answers, and prompts and turns are tokenised one by one, as they are when
-    the model answers.
+    See `chat_pieces` and `encode_pieces`.
 
     Returns:
         ids and mask, of one length.
 
     Raises:
+        ModelError: as `chat_pieces`.
+    """
+    pieces = chat_pieces(tokenizer, messages, tools=tools)
+    encoded = encode_pieces(tokenizer, [text for text, _ in pieces])
+    ids = [token for tokens, _ in encoded for token in tokens]
+    mask = [own for (_, own), (tokens, _) in zip(pieces, encoded, strict=True) for _ in tokens]
+    return ids, mask
+
+
+def chat_pieces(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Any] | None = None
+) -> list[tuple[str, bool]]:
+    """The text of a whole conversation in pieces, each with whether the assistant says it.
+
+    A template that marks what the assistant says (``{% generation %}``) is believed. Else an assistant's turn is what
+    the template adds to the prompt that it answers, up to the token that ends it.
+
+    Raises:
         ModelError: as `chat_text`; or the template marks nothing and renders a turn in another way once others follow.
     """
-    if _GENERATION.search(str(tokenizer.chat_template)):
-        marked = _apply(tokenizer, messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
-        return list(marked["input_ids"]), [bool(own) for own in marked["assistant_masks"]]
-    ids: list[int] = []
-    mask: list[bool] = []
-    for text, own in _pieces(tokenizer, messages, tools):
-        tokens = _encode(tokenizer, text)
-        ids += tokens
-        mask += [own] * len(tokens)
-    return ids, mask
+    if _GENERATION.search(str(getattr(tokenizer, "chat_template", None))):
+        return list(_marked_pieces(tokenizer, messages, tools))
+    return list(_added_pieces(tokenizer, messages, tools))
+
+
+def encode_pieces(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Token ids of consecutive pieces of a text, and the characters of its piece that each token stands for.
+
+    Pieces are tokenised one by one, as prompt and answer are when a model answers, so that no token belongs to two. But
+    a tokenizer that begins every text with a space, as SentencePiece's do, would begin every piece with one, which no
+    model ever reads: there the whole is tokenised, and cut where the pieces meet, unless a token stands across.
+    """
+    if _begins_with_space(tokenizer):
+        whole = tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        cut = _cut(texts, zip(whole["input_ids"], whole["offset_mapping"], strict=True))
+        if cut is not None:
+            return cut
+    apart = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(zip(apart["input_ids"], apart["offset_mapping"], strict=True))
+
+
+def _begins_with_space(tokenizer: Any) -> bool:
+    first = tokenizer("x", add_special_tokens=False).input_ids[:1]
+    return str(tokenizer.convert_ids_to_tokens(first)[0]).startswith(("▁", "Ġ"))
+
+
+def _cut(
+    texts: Sequence[str], tokens: Iterable[tuple[int, tuple[int, int]]]
+) -> list[tuple[list[int], list[tuple[int, int]]]] | None:
+    """Tokens of the whole by piece; None where one stands across two pieces."""
+    pieces: list[tuple[list[int], list[tuple[int, int]]]] = [([], []) for _ in texts]
+    ends = list(accumulate(map(len, texts)))
+    piece = 0
+    for token, (start, end) in tokens:
+        while piece < len(texts) - 1 and start >= ends[piece]:
+            piece += 1
+        if end > ends[piece]:
+            return None
+        first = ends[piece] - len(texts[piece])
+        pieces[piece][0].append(token)
+        pieces[piece][1].append((max(0, start - first), end - first))
+    return pieces
 
 
 def _apply(tokenizer: Any, messages: Messages, **options: Any) -> Any:
@@ -108,9 +157,16 @@ def _apply(tokenizer: Any, messages: Messages, **options: Any) -> Any:
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(turn) for turn in messages]
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError("the tokenizer has no chat template; choose a chat model, or render the messages yourself")
+    with _clear_errors(turns):
+        return tokenizer.apply_chat_template(turns, **options)
+
+
+@contextmanager
+def _clear_errors(turns: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """Bounds what a template does with these turns, and makes one sentence of its errors."""
     try:
         with _bounded(_SECONDS):
-            return tokenizer.apply_chat_template(turns, **options)
+            yield
     except _EndlessError:
         raise ModelError(
             f"the chat template did not end within {_SECONDS:g} s; the model's template is faulty, choose another model"
@@ -122,33 +178,66 @@ def _apply(tokenizer: Any, messages: Messages, **options: Any) -> Any:
         ) from None
 
 
-def _pieces(
+def _marked_pieces(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
 ) -> Iterator[tuple[str, bool]]:
-    """The conversation in pieces, each with whether the assistant says it."""
+    """As the template marks them."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    turns = [dict(turn) for turn in messages]
+    with _clear_errors(turns):
+        (whole,), (spans,) = render_jinja_template(
+            conversations=[turns],
+            tools=None if tools is None else list(tools),
+            chat_template=tokenizer.get_chat_template(tools=tools),
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    done = 0
+    for start, end in spans:
+        yield whole[done:start], False
+        yield whole[start:end], True
+        done = end
+    yield whole[done:], False
+
+
+def _added_pieces(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
+) -> Iterator[tuple[str, bool]]:
+    """An assistant's turn is what is added to the prompt that it answers."""
     whole = chat_text(tokenizer, messages, tools=tools, add_generation_prompt=False)
     done = 0
     for index, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
         before = chat_text(tokenizer, messages[:index], tools=tools)
-        after = chat_text(tokenizer, messages[: index + 1], tools=tools, add_generation_prompt=False)
+        is_last = index == len(messages) - 1
+        through = messages[: index + 1]
+        after = whole if is_last else chat_text(tokenizer, through, tools=tools, add_generation_prompt=False)
         if not (whole.startswith(before) and whole.startswith(after) and after.startswith(before)):
             raise ModelError(
                 f"the chat template renders turn {index + 1} of {len(messages)} in another way once others follow it, "
                 "so what the assistant says cannot be told apart; train on single turns, or with another template"
             )
-        said = _without_tail(tokenizer, after[len(before) :])
+        said = after[len(before) :]
+        said = said[: _end_of_turn(tokenizer, said)[1]]
         yield whole[done : len(before)], False
         yield said, True
         done = len(before) + len(said)
     yield whole[done:], False
 
 
-def _without_tail(tokenizer: Any, turn: str) -> str:
-    """A turn up to the special token that ends it: the line end behind it is the template's, no model says it."""
+def without_end(tokenizer: Any, turn: str) -> str:
+    """What the assistant says in a piece of `chat_pieces`, without the special token that ends its turn."""
+    return turn[: _end_of_turn(tokenizer, turn)[0]]
+
+
+def _end_of_turn(tokenizer: Any, turn: str) -> tuple[int, int]:
+    """Where the special token stands that ends a turn, if one does; a line end behind it is the template's."""
     end = turn.rstrip()
-    return end if any(end.endswith(token) for token in tokenizer.all_special_tokens) else turn
+    named = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    endings = [token for token in (named | set(tokenizer.all_special_tokens)) if token and end.endswith(token)]
+    return (len(end) - max(map(len, endings)), len(end)) if endings else (len(turn), len(turn))
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
