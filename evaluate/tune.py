@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from terselm.compress.compressor import PromptCompressor
-from terselm.compress.modes import anchor_for
 from terselm.compress.prompt import Prompt
 from terselm.compress.settings import AnchorOrder, CompressionSettings, Order, RankBy, UnitKind, paper_settings
 from terselm.data.rows import Json, dump_object, read_rows
@@ -254,7 +253,7 @@ def ranked_shapes(prompts: Sequence[Prompt], rankers: Sequence[RankBy]) -> list[
     """
     if not all(prompt.question.strip() and any(map(str.strip, prompt.demonstrations)) for prompt in prompts):
         return []
-    examples = all(anchor_for(prompt) > 0 for prompt in prompts)
+    examples = all(prompt.holds_worked_examples for prompt in prompts)
     units = (UnitKind.DEMONSTRATION, UnitKind.LINE) if examples else (UnitKind.SENTENCE, UnitKind.LINE)
     return [
         Candidate(settings=CompressionSettings(rank_by=rank_by, unit=unit)) for rank_by in rankers for unit in units
