@@ -111,6 +111,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chat", choices=("auto", "always", "never"), default="auto", help="how targets read prompts")
     parser.add_argument("--generate", action="store_true", help="targets answer, too")
     parser.add_argument("--methods", help="instead of all of ours, separated by blanks")
+    parser.add_argument("--baselines", help="instead of all baselines, separated by blanks")
+    parser.add_argument("--shards", nargs="+", choices=(*SHARDS, ALIGNMENT), help="default: all")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", help="of target and small LM; bfloat16 is faster on some CPUs")
     parser.add_argument("--batch", type=int, default=64)

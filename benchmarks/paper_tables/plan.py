@@ -143,8 +143,8 @@ def budgets_of(options: argparse.Namespace, suite: str) -> list[str]:
 def shards_of(options: argparse.Namespace, suite: str) -> set[str]:
     """Documents are not thinned by surprisal, so there is nothing that the ablations could take out."""
     peer = options.llmlingua and suite not in ("tools", "dialogue")
-    optional = {PEER: peer, ALIGNMENT: options.aligned, "ablated": suite not in RANKED and not options.methods}
-    return {shard for shard in (*SHARDS, ALIGNMENT) if optional.get(shard, True)}
+    optional = {PEER: peer, ALIGNMENT: options.aligned, "ablated": suite not in RANKED}
+    return {shard for shard in options.shards or (*SHARDS, ALIGNMENT) if optional.get(shard, True)}
 
 
 def methods_of(options: argparse.Namespace, suite: str, target: str, shard: str) -> list[str]:
@@ -152,10 +152,12 @@ def methods_of(options: argparse.Namespace, suite: str, target: str, shard: str)
         return ["truncate"]
     if shard == PEER:
         return [peer_of(suite), *matched(suite)]
+    if named := {"ours": options.methods, "baselines": options.baselines}.get(shard):
+        return list(named.split())
     if suite in RANKED and shard in ("ours", "baselines"):
-        return options.methods.split() if options.methods and shard == "ours" else RANKED[suite][shard]
+        return RANKED[suite][shard]
     if shard == "ours":
-        ours = options.methods.split() if options.methods else list(OURS)
+        ours = list(OURS)
         if target != options.small:  # else it has compressed already
             ours += [f"terselm:model={weights_of(target)},{THINNED}{k}" for k in ("", ",k=1.2")]
         return ours
