@@ -92,8 +92,7 @@ class _Slots:
         probe = self._probe(lm.start_id)
         self.count = self._affordable(probe, room, most)
         self._place = _Place(torch.arange(self.count, device=self._device), room)
-        self._layers = [_SlotLayer(*(state.new_zeros(self.count, state.shape[1], room, state.shape[3])
-                                     for state in layer), self._place) for layer in probe]  # fmt: skip
+        self._layers = [_SlotLayer(self._empty(keys), self._empty(values), self._place) for keys, values in probe]
         self._tokens = torch.full((self.count,), lm.start_id, device=self._device)
         blank = Query(prompt="", temperature=0.0, seed=0)
         self._draws = Draws.of([blank] * self.count, self._device)
@@ -103,6 +102,10 @@ class _Slots:
         self._graphs: dict[int, Any] = {}  # by how far the slots are read; None where one step has run uncaptured
         self._pool: Any = None
         self._captures = self._device.type == "cuda"
+
+    def _empty(self, probe: Tensor) -> Tensor:
+        """Room in every slot for the keys or values of one layer, of which ``(1, heads, 1, D)`` are known."""
+        return probe.new_zeros(self.count, probe.shape[1], self._place.room, probe.shape[3])
 
     def run(self, replies: dict[int, Reply]) -> Iterator[tuple[int, Reply]]:
         """Finish the replies, longest prompts first."""
@@ -123,7 +126,7 @@ class _Slots:
     @torch.inference_mode()
     def _fill(self, empty: list[int], waiting: deque[tuple[int, Reply]]) -> None:
         """Put as many prompts into empty slots as there are."""
-        slots = []
+        slots: list[int] = []
         while waiting and len(slots) < len(empty):
             slot = empty[len(slots)]
             self._rows[slot] = waiting.popleft()
@@ -279,7 +282,7 @@ class _Place:
         return self.positions.clamp(max=self.reach - 1)
 
 
-class _SlotLayer(CacheLayerMixin):
+class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values, ``(B, heads, room, D)``, written in place."""
 
     def __init__(self, keys: Tensor, values: Tensor, place: _Place) -> None:

@@ -27,7 +27,7 @@ _SHARE = 0.7  # of the free memory
 _CACHE_COPIES = 2  # a cache that grows is copied
 _LOGIT_COPIES = 6  # as they come, in float32, sorted, and their probabilities
 _MOST_THROUGH_SLOTS = 1 << 13  # answers that one set of slots is refilled for
-_COMMIT_SECONDS = 1.0  # that answers of the slots wait at most for others to be committed with
+_COMMIT_SECONDS = 1.0  # between two commits of what the slots answer
 
 
 def answer_all(
