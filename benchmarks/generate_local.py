@@ -96,7 +96,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     run("slots", lambda: by_slots(lm, queries, limits, options.slots))
     run("slots, sampled", lambda: by_slots(lm, sampled(queries), limits, options.slots))
     run("loop", lambda: in_batches(lm, few, limits, _BATCH))
-    run("loop, small batches", lambda: in_batches(lm, few[: options.loop // 2], limits, _BATCH // 4))
+    run("loop, small batches", lambda: in_batches(lm, few[: options.loop // 4], limits, _BATCH // 4))
     if options.transformers:
         run("transformers", lambda: by_transformers(lm, queries[: options.transformers], limits))
     result["same_texts"] = {
