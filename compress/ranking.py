@@ -6,12 +6,15 @@ scores the higher is the better; only those of one call for one question can be 
 
 from __future__ import annotations
 
+import logging
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import cache, cached_property
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -143,10 +146,7 @@ class QuestionRanker:
 
 
 class Bm25Ranker:
-    """BM25 of the question's words in each text, among the texts of one prompt.
-
-    Source: Robertson and Zaragoza, The Probabilistic Relevance Framework, 2009; package bm25s (arXiv:2407.03618).
-    """
+    """BM25 of the question's words in each text, among the texts of one prompt."""
 
     def rank(self, asked: Sequence[tuple[str, Sequence[str]]], *, whole: bool) -> list[Ranking]:
         """See `Ranker`.
@@ -154,18 +154,45 @@ class Bm25Ranker:
         Raises:
             ConfigError: bm25s is not installed.
         """
-        return [Ranking(scores=self._scores(bare_question(question), texts)) for question, texts in asked]
+        return [Ranking(scores=Bm25Index(texts).scores(bare_question(question))) for question, texts in asked]
 
-    def _scores(self, question: str, texts: Sequence[str]) -> Floats:
-        bm25s = need("bm25s", "rank")
+
+class Bm25Index:
+    """BM25 among some texts.
+
+    Source: Robertson and Zaragoza, The Probabilistic Relevance Framework, 2009; package bm25s (arXiv:2407.03618).
+
+    Raises:
+        ConfigError: bm25s is not installed.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._size = len(texts)
         corpus = [words_of(text) for text in texts]
-        known = {word for words in corpus for word in words}
-        words = [word for word in words_of(question) if word in known]
-        if not words:
-            return np.zeros(len(texts))
-        index = bm25s.BM25()
-        index.index(corpus, show_progress=False)
-        return np.asarray(index.get_scores(words), dtype=np.float64)
+        self._known = {word for words in corpus for word in words}
+        self._index = _bm25s().BM25()
+        if self._known:
+            self._index.index(corpus, show_progress=False)
+
+    def scores(self, question: str) -> Floats:
+        """``(n_texts,)``; zeros where none has a word of the question."""
+        words = [word for word in words_of(question) if word in self._known]
+        return np.asarray(self._index.get_scores(words), dtype=np.float64) if words else np.zeros(self._size)
+
+
+@cache
+def _bm25s() -> ModuleType:
+    """The package, without what it does besides: JAX, which it starts if it can, takes most of a GPU's memory."""
+    hidden = "jax" not in sys.modules
+    if hidden:
+        sys.modules["jax"] = cast("ModuleType", None)  # not to be found
+    try:
+        package = need("bm25s", "rank")
+    finally:
+        if hidden:
+            del sys.modules["jax"]
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells every index that it builds
+    return package
 
 
 class EmbeddingRanker:

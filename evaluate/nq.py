@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from terselm.compress.prompt import Prompt
-from terselm.compress.ranking import words_of
+from terselm.compress.ranking import Bm25Index
 from terselm.errors import ConfigError
 from terselm.evaluate.answers import holds_answer
 from terselm.evaluate.items import Item, Suite
 from terselm.evaluate.settings import Distractors, SuiteSettings
 from terselm.evaluate.suite_rows import SuiteRow, check_enough, suite_rows
-from terselm.extras import need
 
 _INSTRUCTION = (
     "Write a high-quality answer for the given question using only the provided search results "
@@ -62,14 +60,15 @@ def nq_prompts(
 ) -> list[Prompt]:
     """One prompt for each chosen row; no other passage in it holds an accepted answer."""
     passages = [_gold_passage(row) for row in rows]
-    nearest = _Nearest(passages) if distractors is Distractors.HARDEST else None
+    hardest = distractors is Distractors.HARDEST
+    index = Bm25Index([f"{title} {text}" for title, text in passages]) if hardest else None
     prompts = []
     for number in chosen:
         question, answers = rows[number].text("question").strip(), rows[number].texts("answers")
         chance = random.Random(f"{seed}/{number}")
-        order = range(len(rows)) if nearest is None else nearest.to(question)
+        order = range(len(rows)) if index is None else np.argsort(-index.scores(question), kind="stable").tolist()
         others = [i for i in order if i != number and not holds_answer(passages[i][1], answers)]
-        if nearest is None:
+        if index is None:
             others = chance.sample(others, min(documents - 1, len(others)))
         else:
             others = others[: documents - 1]
@@ -88,21 +87,3 @@ def _gold_passage(row: SuiteRow) -> Passage:
     gold = next((passage for passage in passages if passage.get("isgold")), passages[0])
     passage = SuiteRow(where=row.where, number=row.number, values=gold)
     return passage.text("title"), passage.text("text")
-
-
-class _Nearest:
-    """BM25 over all passages, titles included.
-
-    Raises:
-        ConfigError: bm25s is not installed.
-    """
-
-    def __init__(self, passages: Sequence[Passage]) -> None:
-        self._index: Any = need("bm25s", "rank").BM25()
-        self._index.index([words_of(f"{title} {text}") for title, text in passages], show_progress=False)
-        self._known = set(self._index.vocab_dict)
-
-    def to(self, question: str) -> list[int]:
-        """Numbers of all passages, the nearest to the question first."""
-        scores = self._index.get_scores([word for word in words_of(question) if word in self._known])
-        return [int(i) for i in np.argsort(-scores, kind="stable")]

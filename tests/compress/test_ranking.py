@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -397,3 +400,21 @@ def test_bare_questions_and_words() -> None:
     assert bare_question(QUESTION) == "How many apples were left?"
     assert bare_question("Question:") == "Question:"
     assert words_of("The dbPort_name of 3 services: 日本") == ["db", "port", "name", "3", "service", "日", "本"]
+
+
+def test_bm25_does_not_start_jax(tmp_path: Path) -> None:
+    """bm25s would, where JAX is installed; JAX takes three quarters of a GPU's memory as soon as it starts."""
+    pytest.importorskip("bm25s")
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("raise SystemExit('JAX was started')")
+    code = (
+        "import importlib, sys; from terselm.compress.ranking import Bm25Index\n"
+        "print(Bm25Index(['a roof leaks', 'the sun']).scores('Which roof?').argmax(), 'jax' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+    )
+    assert done.stdout == "0 False\n", done.stderr

@@ -38,7 +38,7 @@ def evaluate(
     settings = load_config(EvaluateSettings, config, [*options, *(overrides or [])])
     from terselm.evaluate.run import evaluate as run
 
-    _quieten()
+    quieten_transformers()
     print(run(settings, out)[1])
 
 
@@ -74,16 +74,10 @@ def tune(
     )
     from terselm.evaluate.tune import tune as search
 
-    _quieten()
+    quieten_transformers()
     tuned = search(settings, out)
     _log.info(tuned.table)
     print(out / "compress.yaml")
-
-
-def _quieten() -> None:
-    """Let the command's own lines alone be seen; bm25s tells every index that it builds."""
-    quieten_transformers()
-    logging.getLogger("bm25s").addFilter(lambda record: record.levelno > logging.DEBUG)
 
 
 def _listed(key: str, words: str) -> str:
