@@ -110,6 +110,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budgets", help="with commas; default: the paper's, of NQ shares of the tokens")
     parser.add_argument("--chat", choices=("auto", "always", "never"), default="auto", help="how targets read prompts")
     parser.add_argument("--generate", action="store_true", help="targets answer, too")
+    parser.add_argument("--answers-only", action="store_true", help="targets answer, and do not score the gold text")
     parser.add_argument("--methods", help="instead of all of ours, separated by blanks")
     parser.add_argument("--baselines", help="instead of all baselines, separated by blanks")
     parser.add_argument("--shards", nargs="+", choices=(*SHARDS, ALIGNMENT), help="default: all")

@@ -132,8 +132,7 @@ def peer_of(suite: str) -> str:
 
 def matched(suite: str) -> dict[str, str]:
     """By name, what may be as long as llmlingua's text of the same prompt: it does not keep to a budget."""
-    ours = ("terselm", "terselm:ranker=minilm-l6", "truncate") if suite == "nq" else ("terselm", "truncate")
-    return {f"{name}, as long as {peer_of(suite)}": name for name in ours}
+    return {f"{name}, as long as {peer_of(suite)}": name for name in ("terselm", "truncate")}
 
 
 def budgets_of(options: argparse.Namespace, suite: str) -> list[str]:
@@ -207,7 +206,8 @@ def settings_of(options: argparse.Namespace, suite: str, target: str, methods: S
         device=options.device,
         dtype=options.dtype,
         llmlingua=options.llmlingua,
-        generate=options.generate,
+        score=not options.answers_only,
+        generate=options.generate or options.answers_only,
         oracle=bool(options.aligned) and set(methods) <= set(methods_of(options, suite, target, ALIGNMENT)),
         batch=options.batch,
     )
