@@ -19,8 +19,7 @@ from typing import Any
 import frame
 import numpy as np
 
-from terselm.data.collection.collect import collect
-from terselm.data.collection.export import logprobs_of
+from terselm.data.collection.collect import collect, logprobs_of
 from terselm.data.collection.settings import CollectSettings, LogProbSettings, PromptTemplate
 from terselm.data.instructions import load_instructions
 from terselm.data.logprobs import LogProbFile

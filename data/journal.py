@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 from terselm.data.rows import Json, dump_object, parse_object
-from terselm.errors import ConfigError
 
 
 class JournalReader:
@@ -84,30 +82,3 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._file.close()
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Be the one process that writes ``path``, which need not exist.
-
-    Raises:
-        ConfigError: another process is writing it.
-    """
-    from filelock import FileLock, Timeout
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = lock_of(path)
-    try:
-        with FileLock(lock, timeout=0):
-            try:
-                yield
-            finally:
-                with suppress(OSError):  # Windows keeps an open file
-                    lock.unlink()
-    except Timeout:
-        raise ConfigError(f"another process is writing {path}; wait for it, or name another file") from None
-
-
-def lock_of(path: Path) -> Path:
-    """The file that `locked` locks; it stays behind when its process is killed, and does no harm."""
-    return path.with_name(f".{path.name}.lock")

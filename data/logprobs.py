@@ -10,12 +10,14 @@ docs/data.md lists them. To use it, join by id and align by characters, since th
 
 A token's span covers every character that it holds a part of: spans go upwards and may overlap, where byte-level pieces
 share a character. So give each token to the word in which its span starts. pyarrow is imported on first use.
+
+`score_texts` reads such opinions off a model in this process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,10 @@ from terselm.files import atomic_file
 
 if TYPE_CHECKING:
     import pyarrow
+
+    from terselm.data.schema import PlainText
+    from terselm.models import CausalLM
+    from terselm.models.scoring import RowScores
 
 _VERSION = "1"
 _ROWS_AT_ONCE = 256
@@ -231,4 +237,49 @@ def _from_row(row: dict[str, Any]) -> ScoredText:
         top_logprobs=table("top_logprobs", np.float32),
         top_ids=table("top_ids", np.int32),
         top_tokens=None if top_tokens is None else tuple(map(tuple, top_tokens)),
+    )
+
+
+def score_texts(
+    lm: CausalLM, texts: Sequence[PlainText], top_k: int = 0, prompts: Sequence[Sequence[int]] | None = None
+) -> Iterator[list[ScoredText]]:
+    """Score texts, the longest first; yield those that each pass has completed.
+
+    Args:
+        top_k: how many of the likeliest tokens to give at each position, with their log-probabilities.
+        prompts: token ids that are read before each text, exactly as they are, and not scored; by default, the start
+            token.
+
+    Raises:
+        ModelError: the memory is too small for one text, or the model's logits are not made as usual; see `OutputHead`.
+    """
+    from terselm.models.scoring import RowScorer
+
+    encoded = [
+        lm.tokenizer(text.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False) for text in texts
+    ]
+    given = Given.TEXT if prompts is None else Given.PROMPT
+    befores = [[lm.start_id]] * len(texts) if prompts is None else [list(prompt) for prompt in prompts]
+    for first in sorted({before[0] for before in befores}):
+        numbers = [number for number, before in enumerate(befores) if before[0] == first]
+        rows = [[*befores[number][1:], *encoded[number].input_ids] for number in numbers]
+        skips = [len(befores[number]) - 1 for number in numbers]
+        for done in RowScorer(replace(lm, first_id=first)).passes(rows, skips=skips, top_k=top_k):
+            yield [_scored_text(texts[numbers[row]], encoded[numbers[row]], scores, given) for row, scores in done]
+
+
+def _scored_text(text: PlainText, encoding: Any, scores: RowScores, given: Given) -> ScoredText:
+    offsets = np.array(encoding.offset_mapping, np.int32).reshape(-1, 2)
+    return ScoredText(
+        id=text.id,
+        text=text.text,
+        given=given,
+        response_start=text.response_start,
+        starts=offsets[:, 0],
+        ends=offsets[:, 1],
+        token_ids=np.array(encoding.input_ids, np.int32),
+        # rounding can take a token a hair above certainty
+        logprobs=-scores.nats.clip(min=0),
+        top_logprobs=None if scores.top_nats is None else -scores.top_nats.clip(min=0),
+        top_ids=None if scores.top_ids is None else scores.top_ids.astype(np.int32),
     )

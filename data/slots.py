@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from terselm.data.replies import Answer, Draws, Limits, Query, Reply, choose, start_replies
+from terselm.data.generate import Answer, Draws, Limits, Query, Reply, choose, start_replies
 from terselm.models import CausalLM
 from terselm.models.memory import free_bytes
 from terselm.models.reading import cache_argument, fast_attention

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from terselm.compress.length import resolve_counter
-from terselm.data.journal import Journal, locked
+from terselm.data.journal import Journal
 from terselm.errors import ConfigError
 from terselm.evaluate.answers import squad_exact, squad_f1
 from terselm.evaluate.figures import Figures, Figuring
@@ -28,6 +28,7 @@ from terselm.evaluate.report import write_results
 from terselm.evaluate.settings import EvaluateSettings, EvaluationBudget, parse_budget
 from terselm.evaluate.suites import load_suite
 from terselm.evaluate.targets import Score, Target
+from terselm.files import locked
 from terselm.progress import Progress
 
 

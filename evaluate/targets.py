@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -23,7 +23,7 @@ from terselm.models import CausalLM
 from terselm.models.chat import ChatMode, chat_prompt, uses_chat
 
 if TYPE_CHECKING:
-    from terselm.data.replies import Query
+    from terselm.data.generate import Query
     from terselm.models.scoring import RowScorer
 
 _log = logging.getLogger(__name__)
@@ -147,21 +147,8 @@ class LocalTarget:
         from terselm.models.scoring import RowScorer
 
         if first not in self._scorers:
-            lm = self.lm
-            opened = _OpenedBy(model=lm.model, tokenizer=lm.tokenizer, name=lm.name, first=first)
-            self._scorers[first] = RowScorer(opened)
+            self._scorers[first] = RowScorer(replace(self.lm, first_id=first))
         return self._scorers[first]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _OpenedBy(CausalLM):
-    """A model whose texts start with the token ``first``."""
-
-    first: int
-
-    @property
-    def start_id(self) -> int:
-        return self.first
 
 
 class EndpointTarget:

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from terselm.data.logprobs import Given, LogProbFile, ScoredText
+from terselm.data.logprobs import Given, LogProbFile, ScoredText, score_texts
 from terselm.data.schema import Message, PlainText
-from terselm.data.score import score_texts
 from terselm.errors import ConfigError
 from terselm.models import CausalLM, load_tokenizer
 from terselm.models.chat import ChatMode, chat_prompt, uses_chat

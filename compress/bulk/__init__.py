@@ -19,11 +19,10 @@ from terselm.compress.length import Length, resolve_counter
 from terselm.compress.prompt import Keep, compile_keep
 from terselm.compress.settings import CompressionSettings
 from terselm.config import refuse
-from terselm.data.journal import locked
 from terselm.data.rows import Json
 from terselm.errors import BudgetError, ConfigError, ContextLengthError, DataFormatError, PromptError, TerseLMError
 from terselm.extras import first_line
-from terselm.files import atomic_file, remove_partials
+from terselm.files import atomic_file, locked, remove_partials
 from terselm.models.process import Process, current_process
 from terselm.progress import Progress
 

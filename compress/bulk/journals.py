@@ -13,9 +13,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from terselm.data.journal import Journal, JournalReader, lock_of
+from terselm.data.journal import Journal, JournalReader
 from terselm.data.rows import Json
 from terselm.errors import ConfigError, DataFormatError
+from terselm.files import lock_of
 
 
 class Journals:

@@ -13,8 +13,8 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from terselm.data.collection.endpoint import Failure
 from terselm.data.collection.ledger import Intent, Ledger, Outcome
+from terselm.data.collection.outcome import Failure
 from terselm.data.collection.settings import LimitSettings
 from terselm.data.schema import Message
 from terselm.errors import ConfigError

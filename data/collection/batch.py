@@ -17,9 +17,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from terselm.data.collection.admission import PromptSizes, SpentError
-from terselm.data.collection.endpoint import AskError, Client, Failure, FailureCause, Then, no_answer, of_status
+from terselm.data.collection.endpoint import Client, no_answer, of_status
 from terselm.data.collection.ledger import Intent, Ledger, OpenBatch, Outcome, State
-from terselm.data.collection.outcome import CollectionProgress, failed
+from terselm.data.collection.outcome import AskError, CollectionProgress, Failure, FailureCause, Then, failed
 from terselm.data.collection.plan import Request, recall
 from terselm.data.collection.remote import Remote, Task, answer_task, intent_of, on_interrupt
 from terselm.data.collection.settings import Api

@@ -223,7 +223,7 @@ def score_all(
 ) -> None:
     """Score (key in the ledger, text), after these prompts if there are any; each pass is committed before the next."""
     from terselm.data.collection.scores import pack
-    from terselm.data.score import score_texts
+    from terselm.data.logprobs import score_texts
 
     with Progress(len(texts), f"Scoring with {lm.name}", "text") as progress:
         for batch in score_texts(lm, [replace(text, id=key) for key, text in texts], top_k, prompts):

@@ -10,14 +10,14 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from enum import StrEnum
 from functools import cache
 from importlib.metadata import version
 from typing import Any
 
 from terselm import __version__
-from terselm.data.collection.endpoint import Failure, FailureCause, Response, Then, parse_response
 from terselm.data.collection.ledger import ANSWERED, Intent, Outcome, State
 from terselm.data.collection.plan import Request
 from terselm.data.collection.settings import LogProbSettings, Price
@@ -27,6 +27,117 @@ from terselm.data.generate import Answer
 from terselm.data.rows import Json
 from terselm.data.schema import Generation, PlainText, Record, Usage
 from terselm.progress import Progress
+
+
+class Then(StrEnum):
+    """What follows a failure.
+
+    Attributes:
+        RETRY: it may pass.
+        GIVE_UP: this request will not be answered.
+        FILTERED: a content filter refused this request.
+        STOP: no request will be answered.
+    """
+
+    RETRY = "retry"
+    GIVE_UP = "give up"
+    FILTERED = "filtered"
+    STOP = "stop"
+
+
+class FailureCause(StrEnum):
+    """Classes of failures, as the status lists them."""
+
+    RATE_LIMIT = "rate_limit"
+    SERVER_ERROR = "server_error"
+    TIMEOUT = "timeout"
+    CONNECTION = "connection"
+    MALFORMED = "malformed"
+    REFUSED = "refused"
+    BAD_REQUEST = "bad_request"
+    CONTENT_FILTER = "content_filter"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """One attempt that brought no answer.
+
+    Attributes:
+        charged: it may have been answered, and so paid for.
+        overload: the endpoint bears less than it is asked.
+        pause: seconds that the endpoint asks to wait.
+    """
+
+    cause: FailureCause
+    then: Then
+    message: str
+    charged: bool = False
+    overload: bool = False
+    pause: float | None = None
+
+
+class AskError(Exception):
+    """An attempt brought no answer."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """One answer of an endpoint.
+
+    Attributes:
+        metered: the response says what it used; else the counts are 0.
+        filtered: a content filter, or the model itself, kept the answer back.
+        logprobs: as they came, in the form of the interface that was asked; None without.
+    """
+
+    text: str
+    finish_reason: str
+    filtered: bool
+    metered: bool
+    prompt_tokens: int
+    completion_tokens: int
+    model: str | None
+    system_fingerprint: str | None
+    logprobs: Any
+
+
+def parse_response(raw: bytes) -> Response:
+    """Read a response of ``/chat/completions`` or ``/completions``.
+
+    Raises:
+        ValueError: it is torn, not JSON, or lacks what every answer has.
+    """
+    try:
+        value = json.loads(raw)
+        choice = value["choices"][0]
+        message = choice.get("message")
+        text = choice["text"] if message is None else message.get("content")
+        refused = message is not None and bool(message.get("refusal"))
+        usage = value.get("usage") or {}
+        reason = choice.get("finish_reason") or "unknown"
+        response = Response(
+            text=text or "",
+            finish_reason=str(reason),
+            filtered=refused or reason == "content_filter",
+            metered="prompt_tokens" in usage and "completion_tokens" in usage,
+            prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            completion_tokens=int(usage.get("completion_tokens") or 0),
+            model=value.get("model") or None,
+            system_fingerprint=value.get("system_fingerprint") or None,
+            logprobs=choice.get("logprobs"),
+        )
+    except (KeyError, IndexError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"not a response of this interface: {type(error).__name__} {error}") from None
+    if not isinstance(response.text, str) or not isinstance(text, str | None):
+        raise ValueError(f"the answer is {type(text).__name__}; expected text")
+    if any("\ud800" <= character <= "\udfff" for character in response.text):
+        raise ValueError("the answer holds half a surrogate pair, which is no character")
+    return response
 
 
 def drawn(request: Request, intent: Intent, answer: Answer, *, draw: int, last: bool) -> Outcome:

@@ -11,18 +11,18 @@ from functools import partial
 from typing import Any
 
 from terselm.data.collection.admission import Admission, PromptSizes, SpendingLimit, SpentError, StoppedError
-from terselm.data.collection.endpoint import (
+from terselm.data.collection.endpoint import Client, no_answer, pause_after, read_key
+from terselm.data.collection.ledger import Intent, Ledger, Outcome
+from terselm.data.collection.outcome import (
     AskError,
-    Client,
+    CollectionProgress,
     Failure,
     FailureCause,
     Then,
-    no_answer,
-    pause_after,
-    read_key,
+    answered,
+    failed,
+    scored,
 )
-from terselm.data.collection.ledger import Intent, Ledger, Outcome
-from terselm.data.collection.outcome import CollectionProgress, answered, failed, scored
 from terselm.data.collection.plan import Request, remote_body
 from terselm.data.collection.settings import Api, CollectSettings, Options, Price, PromptScores, read_price
 from terselm.data.schema import Message, PlainText, Role

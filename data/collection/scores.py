@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from terselm.data.collection.endpoint import Response, parse_response
 from terselm.data.collection.ledger import Ledger, State
+from terselm.data.collection.outcome import Response, parse_response
 from terselm.data.collection.plan import Request
 from terselm.data.collection.settings import CollectSettings, LogProbSettings, PromptScores
 from terselm.data.formats import Format, RecordReader

@@ -1,4 +1,4 @@
-"""Writing so that a reader never sees half a file or half a folder, whatever kills the writer."""
+"""Writing by one process at a time, so that a reader never sees half a file or half a folder, whatever kills it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal, TextIO, overload
 
-from terselm.errors import DataFormatError
+from terselm.errors import ConfigError, DataFormatError
 
 _PARTIAL = ".partial-"
 
@@ -133,3 +133,30 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Be the one process that writes ``path``, which need not exist.
+
+    Raises:
+        ConfigError: another process is writing it.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = lock_of(path)
+    try:
+        with FileLock(lock, timeout=0):
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # Windows keeps an open file
+                    lock.unlink()
+    except Timeout:
+        raise ConfigError(f"another process is writing {path}; wait for it, or name another file") from None
+
+
+def lock_of(path: Path) -> Path:
+    """The file that `locked` locks; it stays behind when its process is killed, and does no harm."""
+    return path.with_name(f".{path.name}.lock")

@@ -28,6 +28,7 @@ MOVED: dict[str, str] = {
     "data.jsonl": "data.rows", "data.sources": "data.instructions",
     "data.sources.clean": "data.instructions", "data.sources.load": "data.instructions",
     "data.sources.rows": "data.rows", "data.summaries": "data.records", "data.texts": "data.schema",
+    "data.score": "data.logprobs", "data.collection.export": "data.collection.collect",
     "data.collection.status": "data.collection.ledger", "models.convert": "models.aliases",
     "train.choices": "train.settings", "train.config": "train.settings", "train.evaluation": "train.held_out",
     "train.hub": "train.publish", "train.report.metrics": "train.report.measures",

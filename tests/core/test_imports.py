@@ -41,9 +41,7 @@ WITH_TORCH = (  # the only places that know tensors, at any depth of a file
     "terselm.compress.engine",
     "terselm.evaluate.targets",
     "terselm.data.generate",
-    "terselm.data.replies",
     "terselm.data.slots",
-    "terselm.data.score",
     "terselm.data.collection.local",
 )
 WITHOUT_TORCH = ("budget", "itpc", "layout", "length", "messages", "prompt", "result", "settings")
@@ -119,7 +117,7 @@ def test_only_a_few_rooms_know_tensors(tmp_path: Path) -> None:
     wrong = {
         f"terselm.{name}": planted for name in ("compress.planted", "compress.engines", "data.x", "cli.y", "files")
     }
-    right = {f"terselm.{name}": planted for name in ("compress.engine.x", "models.y", "train.z", "data.score")}
+    right = {f"terselm.{name}": planted for name in ("compress.engine.x", "models.y", "train.z", "data.slots")}
     assert with_torch(wrong | right) == list(wrong)
 
 

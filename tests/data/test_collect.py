@@ -26,10 +26,9 @@ from terselm.data.collection.ledger import ledger_of, status
 from terselm.data.collection.settings import CollectSettings, LogProbSettings, PromptTemplate
 from terselm.data.generate import Answer, Limits, Query, generate
 from terselm.data.instructions import Instruction
-from terselm.data.logprobs import Given, LogProbFile
+from terselm.data.logprobs import Given, LogProbFile, score_texts
 from terselm.data.records import Message, Record, Role, read_records
 from terselm.data.schema import PlainText
-from terselm.data.score import score_texts
 from terselm.errors import ConfigError, ContextLengthError, DataFormatError, ModelError, TargetLLMError
 from terselm.models import CausalLM
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from terselm.data.collection.admission import PromptSizes
-from terselm.data.collection.endpoint import FailureCause, Key, Then, of_status
+from terselm.data.collection.endpoint import Key, of_status
+from terselm.data.collection.outcome import FailureCause, Then
 from terselm.data.collection.settings import read_price
 from terselm.data.schema import Message, Role
 from terselm.errors import ConfigError

@@ -10,9 +10,8 @@ import pytest
 import torch
 from fakes import bigram_lm, random_lm
 
-from terselm.data.logprobs import ScoredText
+from terselm.data.logprobs import ScoredText, score_texts
 from terselm.data.schema import PlainText
-from terselm.data.score import score_texts
 from terselm.errors import ModelError
 from terselm.models import CausalLM, scoring
 

@@ -21,9 +21,8 @@ from hypothesis import strategies as st
 from terselm.data.collection.score_only import score_only
 from terselm.data.collection.scores import echoed_scores, pack, spans, unpack, vllm_scores
 from terselm.data.collection.settings import CollectSettings, LogProbSettings, PromptScores
-from terselm.data.logprobs import LogProbFile, ScoredText
+from terselm.data.logprobs import LogProbFile, ScoredText, score_texts
 from terselm.data.schema import PlainText
-from terselm.data.score import score_texts
 from terselm.errors import ConfigError, TargetLLMError
 from terselm.models import CausalLM
 

@@ -29,11 +29,13 @@ class CausalLM:
         model: a transformers model in eval mode.
         tokenizer: a fast tokenizer (character offsets are needed).
         name: the name under which it was asked for.
+        first_id: the token that every text starts with, where that is not BOS: a chat template may open with another.
     """
 
     model: Any
     tokenizer: Any
     name: str
+    first_id: int | None = None
 
     @property
     def window(self) -> int:
@@ -42,12 +44,12 @@ class CausalLM:
 
     @property
     def start_id(self) -> int:
-        """The token every text starts with: BOS, or end-of-text for a model that has none.
+        """The token every text starts with: by default BOS, or end-of-text for a model that has none.
 
         Raises:
             ModelError: the tokenizer has neither.
         """
-        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+        for token in (self.first_id, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return int(token)
         raise ModelError(f"the tokenizer of {self.name!r} has neither a BOS nor an end-of-text token")
