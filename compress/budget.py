@@ -67,8 +67,8 @@ def otherwise(
 ) -> CompressionSettings | None:
     """Other settings where those that the prompt alone decided do not suit its budget; None where they do.
 
-    Worked examples none of which fits whole are thinned by lines: the end of one example shows a target little. But
-    not where most have two lines: questions without their answers show it nothing.
+    Worked examples are thinned by lines where not even half of one fits: so short an end shows a target little. But not
+    where most have two lines: questions without their answers show it nothing.
     Where not even one sentence or line fits, demonstrations are thinned by tokens.
 
     Args:
@@ -76,7 +76,7 @@ def otherwise(
     """
     if not asked.leaves_thinning_open or asked.rank_by is not RankBy.AUTO:
         return None
-    if settings.anchor == EXAMPLES_ANCHOR and not controller.holds_whole_demonstration and controller.has_many_lines:
+    if settings.anchor == EXAMPLES_ANCHOR and not controller.holds_half_a_demonstration and controller.has_many_lines:
         return replace(settings, unit=UnitKind.LINE, anchor=0.0)
     if settings.unit is UnitKind.AUTO and not controller.fits_any():
         return replace(settings.without_question(), unit=UnitKind.TOKEN)
@@ -240,9 +240,10 @@ class BudgetController:
         return self._room(()) - self._need
 
     @property
-    def holds_whole_demonstration(self) -> bool:
-        """Whether all of some demonstration is protected."""
-        return any(self._free_of[n] == 0 for n in self._demonstrations)
+    def holds_half_a_demonstration(self) -> bool:
+        """Whether half of some demonstration is protected, or more."""
+        sizes = np.add.reduceat(self._layout.cost, self._layout.edges[:-1])
+        return any(2 * self._free_of[n] <= sizes[n] for n in self._demonstrations)
 
     @property
     def has_many_lines(self) -> bool:

@@ -54,7 +54,7 @@ def otherwise(pieces: list[Piece], target: int, separator: int, settings: Any, a
         return None
     demonstrations = [piece for piece in pieces if piece.part == "demonstration"]
     if settings.anchor == 1:
-        fits = any(piece.free == 0 for piece in demonstrations)
+        fits = any(2 * piece.free <= sum(unit.cost for unit in piece.units) for piece in demonstrations)
         texts = [piece.text for piece in demonstrations if piece.text.strip()]
         lines = [line for text in texts for line in text.split("\n") if line.strip()]
         return (

@@ -132,13 +132,22 @@ def test_batches_and_the_cache_change_nothing() -> None:
     assert all(result.tokens_read == 0 and result.tokens_cached > 0 for result in again)
 
 
-def test_worked_examples_none_of_which_fits_keep_whole_lines() -> None:
+def test_worked_examples_keep_the_end_of_one_or_else_whole_lines() -> None:
     examples = [f"Question: what is {a} + {a}, please?\nWe add {a} and {a}.\nThe answer is {2 * a}." for a in (3, 4, 5)]
     prompt = Prompt(demonstrations=examples, question="Question: what is 6 + 6, please?")
-    result = assert_agrees(random_lm(), Case(prompt=prompt, settings=CompressionSettings(), rate=0.4))
-    kept = result.text.removesuffix(prompt.question)
+    lm = random_lm()
+    count = len(lm.tokenizer(prompt.question).input_ids)
+    shortest = min(len(lm.tokenizer(example).input_ids) for example in examples)
+    settings = CompressionSettings()
+    most = assert_agrees(lm, Case(prompt=prompt, settings=settings, budget=count + 4 + (3 * shortest) // 4))
+    some = assert_agrees(lm, Case(prompt=prompt, settings=settings, budget=count + 4 + (2 * shortest) // 5))
+    ends = {example[start:] for example in examples for start in range(len(example))}
     lines = {line for example in examples for line in example.split("\n")}
-    assert kept.strip()
+    kept = most.text.removesuffix(prompt.question).strip()
+    assert kept in ends
+    assert kept not in lines
+    kept = some.text.removesuffix(prompt.question).strip()
+    assert kept
     assert {line for line in kept.split("\n") if line} <= lines
 
 
