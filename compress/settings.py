@@ -248,7 +248,13 @@ def settings_for(prompt: Prompt, settings: CompressionSettings) -> CompressionSe
 
 def paper_settings(**changes: Any) -> CompressionSettings:
     """What the paper used (§5), but for `changes`."""
-    paper = CompressionSettings(instruction_rate=PAPER_INSTRUCTION_RATE, question_rate=PAPER_QUESTION_RATE, anchor=0.0)
+    paper = CompressionSettings(
+        instruction_rate=PAPER_INSTRUCTION_RATE,
+        question_rate=PAPER_QUESTION_RATE,
+        unit=UnitKind.TOKEN,
+        rank_by=RankBy.SURPRISAL,
+        anchor=0.0,
+    )
     return replace(paper, **changes)
 
 

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from terselm.compress.compressor import PromptCompressor
 
 NAMED = {
-    "paper": [f"instruction_rate={PAPER_INSTRUCTION_RATE}", f"question_rate={PAPER_QUESTION_RATE}", "anchor=0"],
+    "paper": [
+        f"instruction_rate={PAPER_INSTRUCTION_RATE}",
+        f"question_rate={PAPER_QUESTION_RATE}",
+        "unit=token",
+        "rank_by=surprisal",
+        "anchor=0",
+    ],
     "no-budget-controller": ["ablations.selection=all", "ablations.uniform_rates=true"],
     "no-iteration": ["ablations.one_pass=true"],
     "no-perplexity-selection": ["ablations.selection=random"],

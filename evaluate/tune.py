@@ -233,7 +233,7 @@ def shapes() -> list[Candidate]:
         replace(_THINNED, anchor=0.5, unit=UnitKind.LINE),
         replace(_THINNED, unit=UnitKind.DEMONSTRATION),
         replace(_THINNED, anchor=1.0, anchor_by=AnchorOrder.LAST),
-        _PAPER,
+        replace(_THINNED, question_rate=_PAPER.question_rate, instruction_rate=_PAPER.instruction_rate),
         replace(_THINNED, anchor=0.5, unit=UnitKind.SENTENCE),
         replace(_THINNED, k=1.2),
         replace(_THINNED, anchor=0.7),

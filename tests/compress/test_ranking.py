@@ -26,11 +26,12 @@ from terselm.compress.ranking import (
     Bm25Ranker,
     EmbeddingRanker,
     QuestionRanker,
+    _bm25s,
     bare_question,
     words_of,
 )
 from terselm.errors import BudgetError, ConfigError, ContextLengthError, ModelError, PromptError
-from terselm.models.encoder import encoder_source
+from terselm.models.encoder import encoder_source, load_encoder
 
 APPLES = "Sam had 12 apples and gave 5 of them away. How many apples does he have left? He has 7."
 CATS = "Document [2](Title: Cats) The cat sat on the mat. The dog that chased it slept. It was a table of oak."
@@ -315,9 +316,15 @@ def test_examples_of_two_lines_are_not_thinned_by_lines() -> None:
     assert any(example.endswith(kept) for example in examples)
 
 
-def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
+@pytest.fixture
+def nothing_loaded() -> None:
+    """What another test has loaded is forgotten."""
+    _bm25s.cache_clear()
+    load_encoder.cache_clear()
 
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bm25s", None)
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     for options, package in (({"rank_by": "bm25"}, "bm25s"), ({"rank_by": "reranker", "ranker": "x"}, "sentence")):
@@ -327,6 +334,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
             )
 
 
+@pytest.mark.usefixtures("nothing_loaded")
 def test_a_ranker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     for options in ({"ranker": "minilm-l6"}, {"rank_by": "embedding"}):

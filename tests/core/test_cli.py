@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import bytes_tokenizer
+from tiny_gguf import write_gguf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 TEXT = "Sam had 12 apples and gave 5 of them away. How many apples does he have left now? 🍎 十二\r\n"
@@ -178,6 +179,15 @@ def test_no_warning_of_a_dependency_reaches_the_terminal(model: Path) -> None:
     assert done.returncode == 0
     assert "warn" not in done.stderr.decode().lower()
     assert "deprecat" not in done.stderr.decode().lower()
+
+
+def test_no_bar_without_a_terminal(tmp_path: Path) -> None:
+    """Not even of what transformers does with a GGUF file; an alias's packages hold one."""
+    arguments = ["compress", "--model", write_gguf(tmp_path / "m.gguf"), "--device", "cpu", "--budget", 12]
+    done = terselm(*arguments, stdin=TEXT)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout
+    assert done.stderr == b""
 
 
 READ = """

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from package_tree import ROOT, modules, packages
 
+from terselm.models.aliases import ALIASES
+
 pytestmark = pytest.mark.slow
 _SAFELY: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from 3.11.4 on
 NOT_SOURCE = (".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
@@ -69,7 +71,7 @@ def test_the_wheel_holds_terselm_and_nothing_else(built: Built) -> None:
 
 
 def test_the_wheel_holds_every_module_and_every_sample(built: Built) -> None:
-    expected = {f"terselm/{path}" for path in ["py.typed", *packaged_files()]}
+    expected = {f"terselm/{path}" for path in ["py.typed", *packaged_files(), *requirements_of_aliases()]}
     assert len(expected) > 20
     found = {name for name in contents(built.wheel) if name.startswith("terselm/")}
     assert found == expected
@@ -84,6 +86,13 @@ def packaged_files() -> list[str]:
         "/".join([*parts, "__init__.py"] if name in packages() else [*parts[:-1], f"{parts[-1]}.py"])
         for name, parts in paths.items()
     ]
+
+
+def requirements_of_aliases() -> list[str]:
+    """With the hashes of wheels; an error message tells users to install by them."""
+    names = [alias.hashes.name for alias in ALIASES.values() if alias.reupload]
+    assert names
+    return [f"models/requirements/{name}" for name in names]
 
 
 def test_licence_and_metadata(built: Built) -> None:

@@ -106,16 +106,17 @@ def test_another_file_of_prompts_is_not_the_first(tmp_path: Path, tiny: Path, mo
     monkeypatch.setattr(tune_module, "_ANSWER_TOKENS", 8)
     first = write(tmp_path / "a.jsonl", without_answers(ROWS))
     out = tmp_path / "out"
-    tuned = tune(settings_for(first, tiny, budget="0.5", minutes=0.001), out)
+    tuned = tune(settings_for(first, tiny, budget="0.5"), out)  # with all the time it takes: a limit would choose, too
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     changed = [{**row, "question": f"{row['question']} Say it."} for row in without_answers(ROWS)]
     for rows in (changed, without_answers(ROWS)[:2]):
         other = write(tmp_path / "b.jsonl", rows)
         with pytest.raises(ConfigError, match="holds another evaluation"):
-            tune(settings_for(other, tiny, budget="0.5", minutes=0.001), out)
+            tune(settings_for(other, tiny, budget="0.5"), out)
         assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     same = write(tmp_path / "c.jsonl", without_answers(ROWS))
-    assert tune(settings_for(same, tiny, budget="0.5", minutes=0.001), out).best == tuned.best
+    assert tune(settings_for(same, tiny, budget="0.5"), out).best == tuned.best
+    assert (out / JOURNAL).read_bytes() == before[JOURNAL]  # it all was measured before
 
 
 def documents(question: str = "who?") -> Prompt:

@@ -27,6 +27,8 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():  # transformers has a bar that `quieten_transformers` does not reach; tqdm reads this
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app()
     except TerseLMError as error:
