@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from terselm import CompressionSettings, Prompt, PromptCompressor
+from terselm.compress.context import in_context
 from terselm.compress.length import resolve_counter
 from terselm.errors import BudgetError
 
@@ -203,7 +204,7 @@ LONG_TEXT = st.lists(CHARACTERS, min_size=80, max_size=200).map("".join)
 def test_a_budget_is_used(counter: Any, question: str, demonstrations: list[str], rate: float) -> None:
     """Never over; 98% or more, unless no unit that was dropped is small enough for what is left.
 
-    Ranked for a question, lines do not come back without those that they belong to: this is about tokens.
+    This is about tokens: ranked for a question, lines do not come back without those that they belong to (see below).
     """
     count = resolve_counter(counter) or count_tokens
     prompt = Prompt(demonstrations=demonstrations, question=question)
@@ -221,3 +222,59 @@ def test_a_budget_is_used(counter: Any, question: str, demonstrations: list[str]
         left = budget - result.compressed_tokens
         dropped = [token for token in result.tokens if not token.kept]
         assert left <= 3 or min(count(token.text) for token in dropped) >= left - 2  # tokens merge at the seams
+
+
+LINES = st.sampled_from(
+    [
+        "The cat sat on the mat. ",
+        "The dog that chased it slept under the old table of oak, and nobody knew why it did so. ",
+        "Why? ",
+        "# Apples\n",
+        "\n",
+        "- name: north\n",
+        "  apples: 12\n",
+        "  pears:\n",
+        "    - 5\n",
+        "}\n",
+        "10:01:02 INFO start\n",
+        "  at shop.count\n",
+        "| a | b |\n",
+        "天气很好。",
+    ]
+)
+DOCUMENTS = st.lists(st.one_of(LINES, LINES, TEXT), min_size=1, max_size=12).map("".join).filter(str.strip)
+
+
+@FEW
+@given(st.lists(DOCUMENTS, min_size=1, max_size=4), st.sampled_from(["auto", "sentence", "line"]), st.floats(0.2, 0.95))
+def test_what_ranking_leaves_unused_is_less_than_any_chain_needs(
+    demonstrations: list[str], unit: Any, rate: float
+) -> None:
+    """A chain is a dropped sentence or line with what it belongs to, as far as that is dropped, too.
+
+    Token by token of the small LM, as units are charged; so a demonstration that was selected, but of which nothing
+    was kept, has its separator charged.
+    """
+    prompt = Prompt(instruction="Answer.", demonstrations=demonstrations, question="How many apples?")
+    options = CompressionSettings(rank_by="question", unit=unit)  # type: ignore[arg-type]
+    result = attempt(prompt, options, budget=max(1, int(rate * count_tokens(whole(prompt, "\n\n")))))
+    if isinstance(result, BudgetError):
+        return  # see test_the_smallest_budget_works
+    assert result.compressed_tokens <= result.budget
+    units: dict[tuple[str, int], list[Any]] = {}
+    for token in result.tokens:
+        units.setdefault((token.part, token.index), []).append(token)
+    others = [token for place, piece in units.items() if place[0] != "demonstration" for token in piece]
+    over = any(token.reason == "over_budget" for token in result.tokens)  # more tokens together than one by one
+    assume(all(token.kept for token in others) and not over)
+    charged = {place for place, piece in units.items() if any(t.kept for t in piece) or place[1] in result.selected}
+    used = sum(t.token_count for t in result.tokens if t.kept) + count_tokens("\n\n") * (len(charged) - 1)
+    for index in result.selected:
+        piece = units[("demonstration", index)]
+        seen = in_context(demonstrations[index], [token.text for token in piece])
+        for number, context in enumerate(seen):
+            chain, above = [], number if context.says_something else None
+            while above is not None and not piece[above].kept:
+                chain.append(piece[above].token_count)
+                above = seen[above].parent
+            assert not chain or result.budget - used < sum(chain)
