@@ -261,8 +261,11 @@ class RollingLimit:
                     continue
 
     def sent(self, reservation: Reservation) -> None:
-        """Say that the request goes out only now."""
+        """Say that the request goes out only now; what had waited for so long that it was free again counts anew."""
         reservation.sent = asyncio.get_running_loop().time()
+        self._forget(reservation.sent)
+        if reservation.free_at <= reservation.sent:
+            self._used += reservation.amount
         self._keep(reservation, reservation.sent + self._lag + self._window)
 
     def settle(self, reservation: Reservation, used: int) -> None:

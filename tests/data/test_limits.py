@@ -99,6 +99,19 @@ def test_what_another_process_used_counts() -> None:
     assert run(main()) == pytest.approx(10.0)
 
 
+def test_a_request_that_goes_out_after_its_reservation_has_ended_counts_once() -> None:
+    async def main() -> float:
+        limit = RollingLimit(100, window=1.0, lag=0.3)
+        reservation = await limit.reserve(80)
+        await asyncio.sleep(1.5)
+        limit.sent(reservation)  # at 1.5 s: it counts until 2.8 s
+        await limit.reserve(20)
+        await limit.reserve(80)
+        return asyncio.get_running_loop().time()
+
+    assert run(main()) == pytest.approx(2.8)
+
+
 def test_a_large_request_is_not_starved_by_small_ones() -> None:
     async def main() -> list[int]:
         limit, order = RollingLimit(100, lag=0), []
