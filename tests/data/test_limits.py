@@ -104,8 +104,8 @@ def test_a_request_that_goes_out_after_its_reservation_has_ended_counts_once() -
         limit = RollingLimit(100, window=1.0, lag=0.3)
         reservation = await limit.reserve(80)
         await asyncio.sleep(1.5)
+        await limit.reserve(20)  # for which the 80 are free again
         limit.sent(reservation)  # at 1.5 s: it counts until 2.8 s
-        await limit.reserve(20)
         await limit.reserve(80)
         return asyncio.get_running_loop().time()
 
