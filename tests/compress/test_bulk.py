@@ -73,7 +73,11 @@ def test_bad_rows_are_set_aside_with_their_reason(tmp_path: Path) -> None:
         (b'{"text": "\xff"}', "not UTF-8", '{"text": "\ufffd"}'),
         (b'{"text": "a", "x": NaN}', "NaN is not a JSON value", '{"text": "a", "x": NaN}'),
         (b'{"text": "a", "x": 1e400}', "Out of range float", '{"text": "a", "x": 1e400}'),
-        (b'{"id": 1}', "the row holds no prompt; expected one of text, prompt, or instruction", {"id": 1}),
+        (
+            b'{"id": 1}',
+            r"no prompt; expected one of text \(and the question it is for\), prompt, or instruction",
+            {"id": 1},
+        ),
         (b'{"text": ""}', "the prompt is empty", {"text": ""}),
         (b'{"text": "a", "question": "b"}', "the row holds text and question", ...),
         (b'{"text": 3}', "text is a int; expected a string", ...),
