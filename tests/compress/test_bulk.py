@@ -79,7 +79,7 @@ def test_bad_rows_are_set_aside_with_their_reason(tmp_path: Path) -> None:
             {"id": 1},
         ),
         (b'{"text": ""}', "the prompt is empty", {"text": ""}),
-        (b'{"text": "a", "question": "b"}', "the row holds text and question", ...),
+        (b'{"text": "a", "instruction": "b"}', "the row holds text and instruction", ...),
         (b'{"text": 3}', "text is a int; expected a string", ...),
         (b'{"prompt": "a"}', "prompt is a str; expected an object .* under the key text", ...),
         (b'{"prompt": {"context": "a"}}', "prompt has a key 'context'", ...),
