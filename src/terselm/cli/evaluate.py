@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from terselm.cli import app, quieten_transformers
 from terselm.extras import need
-from terselm.models.chat import ChatMode
+
+if TYPE_CHECKING:
+    from terselm.models.chat import ChatMode
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +52,9 @@ def tune(
     target: Annotated[
         str, typer.Option(help="The local model that will read the prompts, or one that is like it.")
     ] = "qwen2.5-coder-1.5b",
-    chat: Annotated[ChatMode, typer.Option(help="Whether it reads them through its chat template.")] = ChatMode.AUTO,
+    chat: Annotated[
+        str, typer.Option(help="Whether it reads them through its chat template: auto, always or never.")
+    ] = "auto",
     model: Annotated[str, typer.Option(help="The small LM.")] = "smollm2-135m",
     budget: Annotated[str, typer.Option(help="Such as 300, 0.2 or 1-shot: the best settings at it.")] = "",
     quality: Annotated[float, typer.Option(help="Share of the gain to keep: the smallest budget for it.")] = 0.0,
@@ -64,7 +68,7 @@ def tune(
 
     settings = TuneSettings(
         prompts=prompts,
-        target=TargetSettings(model=target, device=device, chat=chat),
+        target=TargetSettings(model=target, device=device, chat=cast("ChatMode", chat)),  # which checks it
         model=model,
         budget=budget,
         quality=quality,
