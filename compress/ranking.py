@@ -12,7 +12,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -180,7 +180,6 @@ class Bm25Index:
         return np.asarray(self._index.get_scores(words), dtype=np.float64) if words else np.zeros(self._size)
 
 
-@cache
 def _bm25s() -> ModuleType:
     """The package, without what it does besides: JAX, which it starts if it can, takes most of a GPU's memory."""
     hidden = "jax" not in sys.modules

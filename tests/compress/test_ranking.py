@@ -26,7 +26,6 @@ from terselm.compress.ranking import (
     Bm25Ranker,
     EmbeddingRanker,
     QuestionRanker,
-    _bm25s,
     bare_question,
     words_of,
 )
@@ -319,7 +318,6 @@ def test_examples_of_two_lines_are_not_thinned_by_lines() -> None:
 @pytest.fixture
 def nothing_loaded() -> None:
     """What another test has loaded is forgotten."""
-    _bm25s.cache_clear()
     load_encoder.cache_clear()
 
 
