@@ -16,9 +16,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil  # which accelerate brings
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "smollm2-135m"
-LAUNCH = ["accelerate", "launch", "--config_file", Path("configs/accelerate/cpu.yaml"), "train/align.py"]
+THREADS = os.environ.get("OMP_NUM_THREADS") or str(psutil.cpu_count(logical=False) or 1)  # unsaid, accelerate warns
+LAUNCH = [
+    *("accelerate", "launch", "--config_file", Path("configs/accelerate/cpu.yaml")),
+    *("--num_cpu_threads_per_process", THREADS, "train/align.py"),
+]
 CONFIG = Path("configs/align/smollm2-135m.yaml")
 RUN = Path("runs/demo")
 CHECKPOINT = Path("runs/demo-checkpoint")
