@@ -171,7 +171,7 @@ def rank_weights(plan: Plan, perplexities: Perplexities, delta: float) -> dict[i
     Source: Eq. 5 of arXiv:2310.06839.
     """
     layout = plan.layout
-    free = {n: int(layout.cost[u := layout.units_of([n])][~layout.protected[u]].sum()) for n in plan.selected}
+    free = {n: _free_tokens(layout, n) for n in plan.selected}
     common = plan.budgets[1] / max(1, sum(free.values()))
     order = sorted(plan.selected, key=lambda n: (-perplexities.get(layout.pieces[n].index, 0.0), n))
     steps = max(1, len(order) - 1)
@@ -182,13 +182,14 @@ def rank_weights(plan: Plan, perplexities: Perplexities, delta: float) -> dict[i
 
 def quotas_of(plan: Plan, weights: Mapping[int, int]) -> dict[int, int]:
     """The budget of the demonstrations divided among them in proportion to weight times free tokens."""
-    layout = plan.layout
-    shares = {
-        n: weight * int(layout.cost[u := layout.units_of([n])][~layout.protected[u]].sum())
-        for n, weight in weights.items()
-    }
+    shares = {n: weight * _free_tokens(plan.layout, n) for n, weight in weights.items()}
     total = max(1, sum(shares.values()))
     return {n: plan.budgets[1] * share // total for n, share in shares.items()}
+
+
+def _free_tokens(layout: Layout, piece: int) -> int:
+    units = layout.units_of([piece])
+    return int(layout.cost[units][~layout.protected[units]].sum())
 
 
 class BudgetController:

@@ -42,15 +42,12 @@ def generate(
         ContextLengthError: a prompt and its answer do not fit into the model's window.
         torch.OutOfMemoryError: too many queries for the loop, or no memory for a single slot.
     """
-    answers = dict(generate_each(lm, queries, limits, engine=engine))
+    answers = dict(_each(lm, queries, limits, Engine(engine)))
     return [answers[index] for index in range(len(queries))]
 
 
-def generate_each(
-    lm: CausalLM, queries: Sequence[Query], limits: Limits, *, engine: Engine | str = Engine.AUTO
-) -> Iterator[tuple[int, Answer]]:
-    """As `generate`, but each answer with the index of its query, as soon as it is known."""
-    engine = Engine(engine)
+def _each(lm: CausalLM, queries: Sequence[Query], limits: Limits, engine: Engine) -> Iterator[tuple[int, Answer]]:
+    """Each answer with the index of its query."""
     if engine is Engine.AUTO:
         engine = Engine.SLOTS if lm.model.device.type == "cuda" else Engine.LOOP
     if engine is Engine.SLOTS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from tokenizers import normalizers
 
 from terselm.errors import ConfigError, ModelError
 from terselm.models import chat
-from terselm.models.chat import ChatMode, chat_ids, chat_pieces, chat_prompt, chat_text, encode_pieces, uses_chat
+from terselm.models.chat import ChatMode, chat_pieces, chat_prompt, chat_text, encode_pieces, uses_chat
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -33,6 +34,15 @@ TURNS = [
     {"role": "user", "content": "And cats?"},
     {"role": "assistant", "content": "The cat sat."},
 ]
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
+    """Token ids of a whole conversation, and which of them the assistant says, as training puts them together."""
+    pieces = chat_pieces(tokenizer, messages)
+    encoded = encode_pieces(tokenizer, [text for text, _ in pieces])
+    ids = [token for tokens, _ in encoded for token in tokens]
+    mask = [own for (_, own), (tokens, _) in zip(pieces, encoded, strict=True) for _ in tokens]
+    return ids, mask
 
 
 def tokenizer(template: str | None) -> Any:

@@ -77,26 +77,6 @@ def chat_prompt(tokenizer: Any, messages: Messages, *, tools: Sequence[Any] | No
     return _encode(tokenizer, chat_text(tokenizer, messages, tools=tools))
 
 
-def chat_ids(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Any] | None = None
-) -> tuple[list[int], list[bool]]:
-    """Token ids of a whole conversation, and which of them the assistant says, the end of its turns included.
-
-    See `chat_pieces` and `encode_pieces`.
-
-    Returns:
-        ids and mask, of one length.
-
-    Raises:
-        ModelError: as `chat_pieces`.
-    """
-    pieces = chat_pieces(tokenizer, messages, tools=tools)
-    encoded = encode_pieces(tokenizer, [text for text, _ in pieces])
-    ids = [token for tokens, _ in encoded for token in tokens]
-    mask = [own for (_, own), (tokens, _) in zip(pieces, encoded, strict=True) for _ in tokens]
-    return ids, mask
-
-
 def chat_pieces(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Any] | None = None
 ) -> list[tuple[str, bool]]:
