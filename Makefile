@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 20
 
-demo: env-demo ## align, publish and compress with real models (12 minutes at first, then under 4)
+demo: env-demo ## align, publish and compress with real models (4 to 16 minutes at first, by the processor)
 	@"$(PY)" examples/demo.py
 
 test: env-dev ## run every test that needs no GPU

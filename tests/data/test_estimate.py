@@ -77,7 +77,7 @@ def test_a_real_model_uses_what_chance_allows(tmp_path: Path) -> None:
     """
     ask = [one for one in read_instructions(SAMPLE) if one.category not in ("long_context", "few_shot")][::3][:60]
     template = PromptTemplate(text="Question: {prompt}\nAnswer:", stop=["\nQuestion"])
-    given: dict[str, Any] = {"temperatures": [0.0], "max_new_tokens": 24, "dtype": "bfloat16"}
+    given: dict[str, Any] = {"temperatures": [0.0], "max_new_tokens": 24}
     asked = CollectSettings(endpoint="local:smollm2-135m", templates={"default": template}, **given)
     out = tmp_path / "r.jsonl"
     estimated = estimate(ask, out, asked, pilot=24)
