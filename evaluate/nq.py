@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -67,11 +68,12 @@ def nq_prompts(
         question, answers = rows[number].text("question").strip(), rows[number].texts("answers")
         chance = random.Random(f"{seed}/{number}")
         order = range(len(rows)) if index is None else np.argsort(-index.scores(question), kind="stable").tolist()
-        others = [i for i in order if i != number and not holds_answer(passages[i][1], answers)]
+        free = (i for i in order if i != number and not holds_answer(passages[i][1], answers))
         if index is None:
+            others = list(free)
             others = chance.sample(others, min(documents - 1, len(others)))
         else:
-            others = others[: documents - 1]
+            others = list(islice(free, documents - 1))
             chance.shuffle(others)
         others.insert(chance.randrange(len(others) + 1), number)
         texts = [f"Document [{i}](Title: {passages[n][0]}) {passages[n][1]}" for i, n in enumerate(others, start=1)]
