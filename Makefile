@@ -27,8 +27,9 @@ help: ## list the targets
 demo: env-demo ## align, publish and compress with real models (4 to 16 minutes at first, by the processor)
 	@"$(PY)" examples/demo.py
 
+# Tiny models compute on one thread, so files are shared out among processes; each of them loads torch and real models.
 test: env-dev ## run every test that needs no GPU
-	@"$(PY)" -m pytest -m "not gpu"
+	@"$(PY)" -m pytest -m "not gpu" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: env-dev ## lint, formatting and types
 	@"$(PY)" -m ruff check .
