@@ -17,6 +17,9 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from terselm import __version__
 from terselm.data.collection.ledger import ANSWERED, Intent, Outcome, State
 from terselm.data.collection.plan import Request
@@ -206,6 +209,22 @@ def scored(text: PlainText, settings: LogProbSettings, intent: Intent, raw: byte
 
     text_scores(text, raw, settings)
     return replace(_used(intent, parse_response(raw), raw, price), state=State.DONE)
+
+
+def answer_found_likely(used: Outcome, nats: NDArray[np.float64]) -> Outcome:
+    """How likely a target finds a given answer; the record says so.
+
+    Args:
+        used: what the attempt has used.
+        nats: ``(T,)``, −log p of each token of the answer.
+
+    Raises:
+        ValueError: that of a token is not known, or there are no tokens.
+    """
+    if not len(nats) or not np.isfinite(nats).all():
+        raise ValueError("the response does not tell the log-probability of each token of the answer")
+    record = {"nats": float(nats.sum()), "tokens": len(nats)}
+    return replace(used, outcome=ANSWERED, state=State.DONE, record=record)
 
 
 def failed(intent: Intent, failure: Failure, raw: bytes | None, *, last: bool) -> Outcome:

@@ -1,0 +1,135 @@
+"""Have a target say how likely given answers are after given prompts; what is known is committed to the ledger.
+
+The record of such a question is ``{"nats": −log p(answer), "tokens": of the answer}``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from terselm.data.collection.label_plan import AnswerQuestion
+from terselm.data.collection.ledger import Intent, Ledger, Outcome
+from terselm.data.collection.outcome import CollectionProgress, answer_found_likely
+from terselm.data.collection.settings import CollectSettings, Price
+from terselm.data.logprobs import ScoredText
+from terselm.data.schema import PlainText
+from terselm.errors import ContextLengthError
+from terselm.models.chat import chat_text
+
+if TYPE_CHECKING:
+    from terselm.data.collection.remote import Remote, Task
+    from terselm.models import CausalLM
+
+
+def score_locally(
+    lm: CausalLM, ledger: Ledger, questions: Sequence[AnswerQuestion], progress: CollectionProgress, *, chat: bool
+) -> None:
+    """Score each answer after its prompt, the longest first; each pass of the model is committed before the next.
+
+    Args:
+        chat: read prompts through the chat template.
+
+    Raises:
+        ModelError: the chat template refuses a prompt; or the memory is too small for a single one.
+    """
+    from terselm.data.logprobs import score_texts
+
+    prompts = prompt_ids(lm, [question.before for question in questions], chat=chat)
+    texts = [PlainText(id=question.key, text=question.answer) for question in questions]
+    lengths = {question.key: len(ids) for question, ids in zip(questions, prompts, strict=True)}
+    attempts = Counter(ledger.attempts())
+    intents = {key: Intent(request=key, number=attempts[key] + 1) for key in lengths}
+    ledger.begin(intents.values())
+    for batch in score_texts(lm, texts, prompts=prompts):
+        outcomes = [_known(intents[scored.id], scored, lengths[scored.id]) for scored in batch]
+        ledger.finish(outcomes)
+        for outcome in outcomes:
+            progress.update(outcome)
+
+
+def check_window(lm: CausalLM, questions: Sequence[AnswerQuestion], *, chat: bool) -> None:
+    """See that prompts and their answers fit into the model's window: more than it would be read in parts.
+
+    Raises:
+        ContextLengthError: one does not.
+        ModelError: the chat template refuses a prompt.
+    """
+    answers = lm.tokenizer([question.answer for question in questions], add_special_tokens=False).input_ids
+    prompts = prompt_ids(lm, [question.before for question in questions], chat=chat)
+    for question, ids, answer in zip(questions, prompts, answers, strict=True):
+        if len(ids) + len(answer) > lm.window:
+            raise ContextLengthError(
+                f"prompt {question.label!r} of {len(ids)} tokens and its answer of {len(answer)} do not fit into the "
+                f"window of {lm.window} tokens of {lm.name}; shorten it, or leave it out"
+            )
+
+
+def prompt_ids(lm: CausalLM, prompts: Sequence[str], *, chat: bool) -> list[list[int]]:
+    """Token ids as the model reads prompts: as its chat template has them, or after the start token.
+
+    Raises:
+        ModelError: the chat template refuses a prompt.
+    """
+    start = [] if chat else [lm.start_id]
+    return [[*start, *ids] for ids in rendered_ids(lm.tokenizer, prompts, chat=chat)]
+
+
+def rendered_ids(tokenizer: Any, prompts: Sequence[str], *, chat: bool) -> list[list[int]]:
+    """The same, without the start token of plain text."""
+    if not prompts:
+        return []
+    texts = [chat_text(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
+    return list(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids)
+
+
+def score_remotely(
+    remote: Remote, ledger: Ledger, questions: Sequence[AnswerQuestion], progress: CollectionProgress
+) -> str | None:
+    """Have an endpoint score prompt and answer as one text; return why it stopped before all were scored, if it did."""
+    from terselm.data.collection.remote import ask_all
+
+    tasks = [_task(question, remote.settings) for question in questions]
+    return ask_all(remote, ledger, tasks, progress)
+
+
+def _task(question: AnswerQuestion, settings: CollectSettings) -> Task:
+    from terselm.data.collection.remote import score_task
+
+    text = PlainText(id=question.key, text=question.before + question.answer, response_start=len(question.before))
+    return replace(score_task(question.key, text, settings), outcome=partial(_told, text, settings))
+
+
+def _told(text: PlainText, settings: CollectSettings, intent: Intent, raw: bytes, price: Price) -> Outcome:
+    """What an endpoint says of a text.
+
+    Raises:
+        ValueError: the response does not tell the log-probabilities of the answer.
+    """
+    from terselm.data.collection.outcome import scored
+    from terselm.data.collection.scores import text_scores
+
+    found = text_scores(text, raw, settings.logprobs)
+    return answer_found_likely(scored(text, settings.logprobs, intent, raw, price), _nats(found))
+
+
+def _known(intent: Intent, scored: ScoredText, prompt_tokens: int) -> Outcome:
+    nats = _nats(scored)
+    used = Outcome(
+        request=intent.request,
+        number=intent.number,
+        outcome="",
+        prompt_tokens=prompt_tokens + len(nats),
+        completion_tokens=0,
+    )
+    return answer_found_likely(used, nats)
+
+
+def _nats(scored: ScoredText) -> np.ndarray:
+    """−log p of each token of the answer; a token belongs to the text that it starts in."""
+    return -scored.logprobs[scored.starts >= (scored.response_start or 0)].astype(np.float64)
