@@ -231,7 +231,8 @@ def write_labels(path: Path | str, labels: Iterable[LabelledPrompt]) -> int:
 def draw_masks(parents: Sequence[int], count: int, seed: int | str) -> Masks:
     """Ways of keeping about half of the units, none without what it belongs to; each comes once.
 
-    In a random order, units are kept with all that they belong to until half of them are. Where there are no more than
+    In a random order, units are kept with all that they belong to until half of them are. Units that were kept seldom
+    so far come rather earlier, so that even few masks leave out, and keep, each unit. Where there are no more than
     ``count`` subsets of the units at all, these are all the ways, from nothing to everything.
 
     Args:
@@ -250,9 +251,12 @@ def draw_masks(parents: Sequence[int], count: int, seed: int | str) -> Masks:
         return np.asarray(every[whole.all(axis=1)])
     chance = random.Random(f"masks:{seed}")
     found: dict[bytes, Masks] = {}
+    times = np.zeros(size)  # that each was kept
     for _ in range(_DRAWS * count):
-        mask = _half(parents, chance)
-        found.setdefault(mask.tobytes(), mask)
+        mask = _half(parents, (times + 1) / (len(found) + 2), chance)
+        if mask.tobytes() not in found:
+            found[mask.tobytes()] = mask
+            times += mask
         if len(found) == count:
             break
     return np.stack(list(found.values()))
@@ -278,12 +282,17 @@ def fit_utilities(masks: Masks, nats: ArrayLike, ridge: float = RIDGE) -> Floats
     return np.asarray(kept.T @ dual)
 
 
-def _half(parents: Sequence[int], chance: random.Random) -> Masks:
-    """``(m,)``: units in a random order, each with all that it belongs to, until half are kept."""
+def _half(parents: Sequence[int], shares: Floats, chance: random.Random) -> Masks:
+    """``(m,)``: units in a random order, each with all that it belongs to, until half are kept.
+
+    Args:
+        shares: ``(m,)``, of the masks so far that kept each unit; the less, the earlier.
+    """
     size = len(parents)
     wanted = (size + chance.randrange(2)) // 2
     mask = np.zeros(size, bool)
-    for unit in chance.sample(range(size), size):
+    order = np.argsort([chance.random() + share for share in shares.tolist()], kind="stable")
+    for unit in order.tolist():
         if mask.sum() >= wanted:
             break
         while unit >= 0 and not mask[unit]:

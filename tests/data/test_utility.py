@@ -134,6 +134,14 @@ def test_drawn_masks(size: int) -> None:
         assert (masks != draw_masks(parents, 24, seed=2)).any()
 
 
+@pytest.mark.parametrize("size", [12, MOST_UNITS])
+def test_even_few_masks_leave_out_and_keep_each_unit(size: int) -> None:
+    for seed in range(50):
+        times = draw_masks([-1] * size, 8, seed).sum(axis=0)
+        assert times.min() > 0
+        assert times.max() < 8
+
+
 @pytest.mark.parametrize(("count", "size"), [(16, 4), (12, 40), (64, 20)])
 def test_the_regression_minimises_what_it_says(count: int, size: int) -> None:
     chance = np.random.default_rng(0)
