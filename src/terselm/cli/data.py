@@ -232,6 +232,37 @@ def instructions(
     _print({"instructions": len(kept), **counts})
 
 
+@_data.command()
+def suite(
+    name: Annotated[str, typer.Argument(help="Of terselm evaluate: nq, tools, dialogue, gsm8k, …")],
+    out: _NewFile,
+    questions: Annotated[int, typer.Option(help="How many; of tools, for each kind.")] = 200,
+    seed: Annotated[int, typer.Option(help="Another seed, other questions.")] = 0,
+    rows: Annotated[str, typer.Option(help="Rows of the data to use, such as 1000:2000.")] = "",
+    data: Annotated[Path | None, typer.Option(help="The suite's file, where it needs one.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Its other settings: documents=20 …")
+    ] = None,
+) -> None:
+    """Write a suite's prompts with their answers, one a row, as terselm collect --utility takes them."""
+    from terselm.config import load_config
+    from terselm.data.rows import dump_object
+    from terselm.evaluate.settings import SuiteSettings
+    from terselm.evaluate.suites import load_suite, rows_of
+    from terselm.files import atomic_file
+
+    _new(out)
+    options = {"name": name, "questions": questions, "seed": seed, "rows": rows and repr(rows), "data": data}
+    named = [f"{key}={value}" for key, value in options.items() if value not in (None, "")]
+    settings = load_config(SuiteSettings, None, [*named, *(overrides or [])])
+    count = 0
+    with atomic_file(out) as file:
+        for row in rows_of(load_suite(settings)):
+            file.write(dump_object(row) + "\n")
+            count += 1
+    _print({"prompts": count, "file": str(out)})
+
+
 def _new(*paths: Path) -> None:
     for path in paths:
         if path.exists():
