@@ -5,8 +5,7 @@ The record of such a question is ``{"nats": −log p(answer), "tokens": of the a
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,11 +27,18 @@ if TYPE_CHECKING:
 
 
 def score_locally(
-    lm: CausalLM, ledger: Ledger, questions: Sequence[AnswerQuestion], progress: CollectionProgress, *, chat: bool
+    lm: CausalLM,
+    ledger: Ledger,
+    questions: Sequence[AnswerQuestion],
+    attempts: Mapping[str, int],
+    progress: CollectionProgress,
+    *,
+    chat: bool,
 ) -> None:
     """Score each answer after its prompt, the longest first; each pass of the model is committed before the next.
 
     Args:
+        attempts: that were made before, by key.
         chat: read prompts through the chat template.
 
     Raises:
@@ -43,8 +49,7 @@ def score_locally(
     prompts = prompt_ids(lm, [question.before for question in questions], chat=chat)
     texts = [PlainText(id=question.key, text=question.answer) for question in questions]
     lengths = {question.key: len(ids) for question, ids in zip(questions, prompts, strict=True)}
-    attempts = Counter(ledger.attempts())
-    intents = {key: Intent(request=key, number=attempts[key] + 1) for key in lengths}
+    intents = {key: Intent(request=key, number=attempts.get(key, 0) + 1) for key in lengths}
     ledger.begin(intents.values())
     for batch in score_texts(lm, texts, prompts=prompts):
         outcomes = [_known(intents[scored.id], scored, lengths[scored.id]) for scored in batch]

@@ -188,13 +188,13 @@ class Labelling:
         self._note((question.key, question.noted) for one in mine for question in self.questions(one))
         if not (pending := self.pending(mine)):
             return None
-        total = len({key for keys in pending.values() for key in keys})
-        waiting = [one for one in mine if one.key in pending]
-        with CollectionProgress(total, f"Labelling with {self.plan.settings.target}", "score") as progress:
+        waiting = {key for keys in pending.values() for key in keys}
+        some = [one for one in mine if one.key in pending]
+        with CollectionProgress(len(waiting), f"Labelling with {self.plan.settings.target}", "score") as progress:
             if self.plan.settings.is_local:
-                self._score_locally(load(), waiting, progress)
+                self._score_locally(load(), some, waiting, progress)
                 return None
-            return self._score_remotely(waiting, progress)
+            return self._score_remotely(some, waiting, progress)
 
     def labels(self) -> list[LabelledPrompt]:
         """Those that the ledger can make, in the order of the prompts."""
@@ -251,27 +251,34 @@ class Labelling:
         lm = load() if self.plan.settings.is_local else None
         return ask(self.ledger, waiting, self.plan.settings, self._options, lm=lm)
 
-    def _score_locally(self, lm: CausalLM, waiting: Sequence[PromptToLabel], progress: CollectionProgress) -> None:
-        chat = self.plan.chat
-        for group in in_groups(waiting, _AT_ONCE):  # all of them, before the first is scored
+    def _score_locally(
+        self, lm: CausalLM, prompts: Sequence[PromptToLabel], waiting: set[str], progress: CollectionProgress
+    ) -> None:
+        chat, attempts = self.plan.chat, self.ledger.attempts()
+        for group in in_groups(prompts, _AT_ONCE):  # all of them, before the first is scored
             check_window(lm, [self.questions(one)[-2] for one in group], chat=chat)
-        for group in in_groups(waiting, _AT_ONCE):
-            score_locally(lm, self.ledger, self._open_questions(group), progress, chat=chat)
+        for questions in self._in_groups(prompts, waiting):
+            score_locally(lm, self.ledger, questions, attempts, progress, chat=chat)
 
-    def _score_remotely(self, waiting: Sequence[PromptToLabel], progress: CollectionProgress) -> str | None:
+    def _score_remotely(
+        self, prompts: Sequence[PromptToLabel], waiting: set[str], progress: CollectionProgress
+    ) -> str | None:
         from terselm.data.collection.remote import Remote
 
         remote = Remote(self.plan.settings, self._options)
-        for group in in_groups(waiting, _AT_ONCE):
-            questions = self._open_questions(group)
-            if questions and (stopped := score_remotely(remote, self.ledger, questions, progress)):
+        for questions in self._in_groups(prompts, waiting):
+            if stopped := score_remotely(remote, self.ledger, questions, progress):
                 return stopped
         return None
 
-    def _open_questions(self, prompts: Sequence[PromptToLabel]) -> list[AnswerQuestion]:
-        states = self.ledger.states()
-        every = distinct(question for one in prompts for question in self.questions(one))
-        return [question for question in every if self._is_open(states.get(question.key))]
+    def _in_groups(self, prompts: Sequence[PromptToLabel], waiting: set[str]) -> Iterator[list[AnswerQuestion]]:
+        """The questions of some prompts at a time that are waiting, each once."""
+        left = set(waiting)
+        for group in in_groups(prompts, _AT_ONCE):
+            every = distinct(question for one in group for question in self.questions(one))
+            if questions := [question for question in every if question.key in left]:
+                yield questions
+            left.difference_update(question.key for question in questions)
 
     @staticmethod
     def _is_open(state: State | None) -> bool:
