@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from endpoints import KEY, settings
+from fakes import random_lm
 from faulty_server import Reply, Server, answer_to, serving
+from test_token_scores import vllm_reply
 from typer.testing import CliRunner
 
 from terselm.cli import app
@@ -101,6 +103,25 @@ def test_the_answer_alone_counts(tmp_path: Path, server: tuple[Server, str]) -> 
     collect_labels([prompt], tmp_path / "labels.jsonl", asking(endpoint))
     (label,) = read_labels(tmp_path / "labels.jsonl")
     np.testing.assert_allclose(label.utility, known_utilities(prompt, 0, asking(endpoint)), atol=1e-4)
+
+
+def test_vllm_says_what_the_local_model_says(tmp_path: Path, server: tuple[Server, str]) -> None:
+    serve, endpoint = server
+    lm = random_lm("llama")
+
+    async def score(server: Server, path: str, headers: dict[str, str], body: bytes) -> Reply:
+        asked = json.loads(body)
+        return Reply(body=json.dumps(vllm_reply(lm, asked["prompt"], asked["prompt_logprobs"])).encode())
+
+    serve.handle = score
+    prompts = read_prompts_to_label(rows(tmp_path / "rows.jsonl", 2))
+    collect_labels(prompts, tmp_path / "remote.jsonl", asking(endpoint, of_texts=PromptScores.VLLM, masks=6))
+    here = CollectSettings(endpoint="local:tiny", labels=LabelSettings(masks=6))
+    collect_labels(prompts, tmp_path / "local.jsonl", here, lm=lm)
+    for remote, local in zip(*(read_labels(tmp_path / f"{name}.jsonl") for name in ("remote", "local")), strict=True):
+        np.testing.assert_allclose(remote.utility, local.utility, atol=1e-3)
+        assert remote.nats_whole == pytest.approx(local.nats_whole, abs=1e-3)
+        assert (remote.target, local.target) == ("m", "tiny")
 
 
 def test_own_answers_come_first(tmp_path: Path, server: tuple[Server, str]) -> None:
