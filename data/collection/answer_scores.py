@@ -18,7 +18,6 @@ from terselm.data.collection.outcome import CollectionProgress, answer_found_lik
 from terselm.data.collection.settings import CollectSettings, Price
 from terselm.data.logprobs import ScoredText
 from terselm.data.schema import PlainText
-from terselm.errors import ContextLengthError
 from terselm.models.chat import chat_text
 
 if TYPE_CHECKING:
@@ -58,21 +57,19 @@ def score_locally(
             progress.update(outcome)
 
 
-def check_window(lm: CausalLM, questions: Sequence[AnswerQuestion], *, chat: bool) -> None:
-    """See that prompts and their answers fit into the model's window: more than it would be read in parts.
+def too_long(lm: CausalLM, questions: Sequence[AnswerQuestion], *, chat: bool) -> dict[str, tuple[int, int]]:
+    """By label, the tokens of prompt and answer where these do not fit into the model's window together.
 
     Raises:
-        ContextLengthError: one does not.
         ModelError: the chat template refuses a prompt.
     """
     answers = lm.tokenizer([question.answer for question in questions], add_special_tokens=False).input_ids
     prompts = prompt_ids(lm, [question.before for question in questions], chat=chat)
-    for question, ids, answer in zip(questions, prompts, answers, strict=True):
-        if len(ids) + len(answer) > lm.window:
-            raise ContextLengthError(
-                f"prompt {question.label!r} of {len(ids)} tokens and its answer of {len(answer)} do not fit into the "
-                f"window of {lm.window} tokens of {lm.name}; shorten it, or leave it out"
-            )
+    return {
+        question.label: (len(ids), len(answer))
+        for question, ids, answer in zip(questions, prompts, answers, strict=True)
+        if len(ids) + len(answer) > lm.window
+    }
 
 
 def prompt_ids(lm: CausalLM, prompts: Sequence[str], *, chat: bool) -> list[list[int]]:

@@ -18,7 +18,8 @@ from terselm.data.collection.answer_scores import rendered_ids
 from terselm.data.collection.collect import open_ledger
 from terselm.data.collection.estimate import BYTES_PER_TOKEN, CostEstimate, Guess, estimate_requests
 from terselm.data.collection.label_plan import AnswerQuestion, PromptToLabel, in_groups
-from terselm.data.collection.labels import Labelling, plan_labels
+from terselm.data.collection.labelling import Labelling
+from terselm.data.collection.labels import plan_labels
 from terselm.data.collection.ledger import State
 from terselm.data.collection.settings import CollectSettings, Options, Price, PromptScores, read_price
 from terselm.data.schema import Message, Role

@@ -173,8 +173,11 @@ def test_the_form_of_plain_prompts(tmp_path: Path) -> None:
 
 def test_what_cannot_be_labelled(tmp_path: Path) -> None:
     lm, out = random_lm("llama", window=40), tmp_path / "labels.jsonl"
-    with pytest.raises(ContextLengthError, match=r"prompt 'a' of \d+ tokens and its answer of \d+ do not fit .* of 40"):
+    with pytest.raises(ContextLengthError, match=r"prompt 'a' of \d+ tokens with an answer of \d+ does not fit"):
         gather([to_label()], out, lm)
+    with pytest.raises(ContextLengthError, match=r"'b' of \d+ tokens .* and 1 others do not fit into .* of 40"):
+        gather([to_label(), to_label("b", documents=(*DOCUMENTS, "And more."))], out, lm)
+    assert not attempts(out)
     lm = random_lm("llama")
     with pytest.raises(DataFormatError, match="id 'a' comes twice"):
         gather([to_label(), to_label()], out, lm)
