@@ -26,8 +26,6 @@ from terselm.statistics import Floats
 
 MOST_UNITS = 64
 """Of a prompt of no more demonstrations; else each of them is one."""
-RIDGE = 1.0
-"""Weight of the squared utilities against the squared errors, one for each mask."""
 _SEPARATOR = "\n\n"
 _DRAWS = 20  # for each mask that is wanted, until they are all different
 _PROMPT_KEYS = ("instruction", "demonstrations", "question")
@@ -262,13 +260,13 @@ def draw_masks(parents: Sequence[int], count: int, seed: int | str) -> Masks:
     return np.stack(list(found.values()))
 
 
-def fit_utilities(masks: Masks, nats: ArrayLike, ridge: float = RIDGE) -> Floats:
+def fit_utilities(masks: Masks, nats: ArrayLike, ridge: float) -> Floats:
     """How much −log p falls with each unit: ridge regression with an intercept, which is not shrunk.
 
     Args:
         masks: ``(K, m)``, what was kept.
         nats: ``(K,)``, −log p(answer) for each.
-        ridge: above 0.
+        ridge: weight of the squared utilities against the squared errors; above 0.
 
     Returns:
         ``(m,)``, in nats; 0 for a unit that all masks keep, or none does.

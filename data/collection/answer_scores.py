@@ -10,8 +10,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from terselm.data.collection.label_plan import AnswerQuestion
 from terselm.data.collection.ledger import Intent, Ledger, Outcome
 from terselm.data.collection.outcome import CollectionProgress, answer_found_likely
@@ -132,6 +130,7 @@ def _known(intent: Intent, scored: ScoredText, prompt_tokens: int) -> Outcome:
     return answer_found_likely(used, nats)
 
 
-def _nats(scored: ScoredText) -> np.ndarray:
+def _nats(scored: ScoredText) -> list[float]:
     """−log p of each token of the answer; a token belongs to the text that it starts in."""
-    return -scored.logprobs[scored.starts >= (scored.response_start or 0)].astype(np.float64)
+    nats: list[float] = (-scored.logprobs[scored.starts >= (scored.response_start or 0)]).tolist()
+    return nats

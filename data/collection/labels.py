@@ -28,9 +28,6 @@ from terselm.models.process import Process, current_process
 if TYPE_CHECKING:
     from terselm.models import CausalLM
 
-_AT_ONCE = 64  # prompts whose questions are made, and of a local target begun, together
-_DIGITS = 5
-
 
 @dataclass(frozen=True, kw_only=True)
 class LabelSummary:

@@ -7,8 +7,9 @@ none, or another attempt.
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -16,9 +17,6 @@ from enum import StrEnum
 from functools import cache
 from importlib.metadata import version
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from terselm import __version__
 from terselm.data.collection.ledger import ANSWERED, Intent, Outcome, State
@@ -211,19 +209,19 @@ def scored(text: PlainText, settings: LogProbSettings, intent: Intent, raw: byte
     return replace(_used(intent, parse_response(raw), raw, price), state=State.DONE)
 
 
-def answer_found_likely(used: Outcome, nats: NDArray[np.float64]) -> Outcome:
+def answer_found_likely(used: Outcome, nats: Sequence[float]) -> Outcome:
     """How likely a target finds a given answer; the record says so.
 
     Args:
         used: what the attempt has used.
-        nats: ``(T,)``, −log p of each token of the answer.
+        nats: −log p of each token of the answer.
 
     Raises:
         ValueError: that of a token is not known, or there are no tokens.
     """
-    if not len(nats) or not np.isfinite(nats).all():
+    if not nats or not all(map(math.isfinite, nats)):
         raise ValueError("the response does not tell the log-probability of each token of the answer")
-    record = {"nats": float(nats.sum()), "tokens": len(nats)}
+    record = {"nats": math.fsum(nats), "tokens": len(nats)}
     return replace(used, outcome=ANSWERED, state=State.DONE, record=record)
 
 

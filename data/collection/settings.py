@@ -11,7 +11,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from terselm.config import refuse
-from terselm.data.utility import RIDGE
 from terselm.errors import ConfigError
 from terselm.extras import first_line
 from terselm.models.chat import ChatMode
@@ -149,7 +148,7 @@ class LabelSettings:
     """
 
     masks: int = 32
-    ridge: float = RIDGE
+    ridge: float = 1.0
 
     def __post_init__(self) -> None:
         faults = [f"labels.masks is {self.masks}; expected at least 2"] if self.masks < 2 else []

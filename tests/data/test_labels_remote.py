@@ -80,7 +80,7 @@ def assert_right(labels: list[LabelledPrompt]) -> None:
 def known_utilities(prompt: PromptToLabel, secret: int, given: CollectSettings) -> Any:
     """What the server makes of a prompt whose sentence ``secret`` holds the answer."""
     masks = LabelPlan(given, chat=False).masks(prompt)
-    return fit_utilities(masks, np.where(masks[:, secret], LIKELY, UNLIKELY))
+    return fit_utilities(masks, np.where(masks[:, secret], LIKELY, UNLIKELY), given.labels.ridge)
 
 
 def test_an_endpoint_that_echoes(tmp_path: Path, server: tuple[Server, str]) -> None:

@@ -12,7 +12,6 @@ import pytest
 
 from terselm.data.utility import (
     MOST_UNITS,
-    RIDGE,
     LabelledPrompt,
     draw_masks,
     fit_utilities,
@@ -158,4 +157,6 @@ def test_by_hand() -> None:
     """With all 16 masks of 4 units, a utility is the difference of two means, times 4 / (4 + ridge)."""
     masks = draw_masks([-1] * 4, 16, seed=0)
     nats = 20 - masks @ np.array([8.0, 0.0, -1.0, 0.5])
-    np.testing.assert_allclose(fit_utilities(masks, nats), np.array([8.0, 0.0, -1.0, 0.5]) * 4 / (4 + RIDGE), atol=1e-9)
+    np.testing.assert_allclose(
+        fit_utilities(masks, nats, ridge=1.0), np.array([8.0, 0.0, -1.0, 0.5]) * 4 / (4 + 1), atol=1e-9
+    )
