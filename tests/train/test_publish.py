@@ -142,7 +142,7 @@ def test_weights_that_change_on_disk_are_not_published(
 
     compare = module.compare_in_fresh_process
 
-    def damage_first(folder: Path, reference: Path) -> float:
+    def damage_first(folder: Path, reference: Path) -> module.Differences:
         weights = folder / "model.safetensors"
         content = bytearray(weights.read_bytes())
         for place in range(len(content) // 2, len(content) // 2 + 4000, 4):
