@@ -29,7 +29,7 @@ KEPT_REFERENCE = "probe.safetensors"
 # What rounding may do to the logits, as a share of their own spread; measured: 4e-6 and 1.3e-2 for SmolLM2-135M.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 # Of a utility head's scores: one direction of the states may vary little. Those of another model are off by 1 or more.
-UTILITY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-1}
+UTILITY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 _TEXT = (
     "The capital of France is Paris. 巴黎是法国的首都。 def f(x): return x**2 🙂 <|im_end|> <s> 12.5% of 80 is 10.\n"
