@@ -12,15 +12,18 @@ import pytest
 import torch
 from agreement import Case, assert_agrees, assert_same, count_bytes, run_reference
 from fakes import random_lm
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference_pieces import tokenise
 from reference_utility import question_ids, score_of
 from test_memory import with_memory_for
+from test_properties import PROMPTS
 from test_ranking import APPLES, CATS, DATA, DOCUMENTS, LOG, PLAIN, QUESTION, prompt_of
 
 from terselm import CompressionSettings, Prompt, PromptCompressor
 from terselm.compress.engine.surprisal import SurprisalEngine
-from terselm.compress.utility import question_before, utility_windows
-from terselm.errors import ConfigError, ContextLengthError, ModelError, PromptError
+from terselm.compress.utility import longest_question, question_before, utility_windows
+from terselm.errors import BudgetError, ConfigError, ContextLengthError, ModelError, PromptError
 from terselm.models import CausalLM
 from terselm.models.utility_head import UtilityHead
 
@@ -33,8 +36,8 @@ def with_head(kind: str = "llama", *, window: int = 4096) -> CausalLM:
     return replace(random_lm(kind, window=window), utility=UtilityHead(32, seed=1))
 
 
-def compress(lm: CausalLM, prompt: Prompt, settings: CompressionSettings = UTILITY, **wishes: Any) -> Any:
-    return PromptCompressor(lm, settings=settings).compress_batch([prompt], **wishes)[0]
+def compress(lm: CausalLM, prompt: Prompt, asked: CompressionSettings = UTILITY, **wishes: Any) -> Any:
+    return PromptCompressor(lm, settings=asked).compress_batch([prompt], **wishes)[0]
 
 
 def length(lm: CausalLM, text: str) -> int:
@@ -65,8 +68,8 @@ def test_every_family(kind: str, rate: float) -> None:
 )
 @pytest.mark.parametrize("rate", [0.3, 0.6])
 def test_settings(options: dict[str, Any], rate: float) -> None:
-    settings = replace(UTILITY, **options)
-    assert_agrees(with_head(), Case(prompt=prompt_of(*DOCUMENTS), settings=settings, rate=rate))
+    asked = replace(UTILITY, **options)
+    assert_agrees(with_head(), Case(prompt=prompt_of(*DOCUMENTS), settings=asked, rate=rate))
 
 
 @pytest.mark.parametrize(
@@ -141,9 +144,9 @@ def test_batches_and_the_cache_change_nothing() -> None:
 def test_scores_and_surprisals_are_not_taken_for_each_other() -> None:
     prompt, lm = prompt_of(*DOCUMENTS), with_head()
     compressor = PromptCompressor(lm, settings=UTILITY)
-    for settings in (UTILITY, CompressionSettings(rank_by="question"), UTILITY):
-        result = compressor.with_settings(settings).compress_batch([prompt], rate=0.4)[0]
-        assert_same(result, run_reference(lm, Case(prompt=prompt, settings=settings, rate=0.4)))
+    for asked in (UTILITY, CompressionSettings(rank_by="question"), UTILITY):
+        result = compressor.with_settings(asked).compress_batch([prompt], rate=0.4)[0]
+        assert_same(result, run_reference(lm, Case(prompt=prompt, settings=asked, rate=0.4)))
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
@@ -180,8 +183,8 @@ def test_auto_leaves_the_rest_as_it_was(prompt: Prompt) -> None:
 
 def test_a_named_ranker_is_ahead_of_the_head() -> None:
     prompt = prompt_of(*DOCUMENTS)
-    settings = CompressionSettings(rank_by="bm25")
-    with_one, without = (compress(lm, prompt, settings, rate=0.4) for lm in (with_head(), random_lm()))
+    by_words = CompressionSettings(rank_by="bm25")
+    with_one, without = (compress(lm, prompt, by_words, rate=0.4) for lm in (with_head(), random_lm()))
     assert with_one.text == without.text
 
 
@@ -219,6 +222,31 @@ def test_bfloat16_scores_are_float32_and_near() -> None:
     rounded = SurprisalEngine(half).score_units(windows)[0]
     assert rounded.dtype == np.float32
     assert np.corrcoef(exact, rounded)[0, 1] > 0.98
+
+
+@given(
+    prompt=PROMPTS,
+    rate=st.floats(0.1, 0.95),
+    window=st.sampled_from([48, 4096]),
+    unit=st.sampled_from(["auto", "sentence", "line", "word"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_text_under_any_budget(prompt: Prompt, rate: float, window: int, unit: str) -> None:
+    lm = with_head(window=window)
+    try:
+        result = compress(lm, prompt, replace(UTILITY, unit=unit, segment_size=20), rate=rate)
+    except PromptError:
+        assert not any(map(str.strip, prompt.demonstrations))
+    except ContextLengthError:
+        assert len(question_ids(lm, prompt.asks)) > longest_question(window) or unit == "word"
+    except BudgetError:  # such as a word that is longer than the budget
+        return
+    else:
+        assert result.compressed_tokens == length(lm, result.text) <= result.budget
+        pieces = [(token.part, token.index) for token in result.tokens]
+        for part, index in dict.fromkeys(pieces):
+            mine = "".join(token.text for token in result.tokens if (token.part, token.index) == (part, index))
+            assert mine == (prompt.demonstrations[index] if part == "demonstration" else getattr(prompt, part))
 
 
 def test_without_a_head() -> None:
