@@ -37,15 +37,32 @@ class Example:
         counted: ``(n,)`` bool, which tokens are predicted for the loss or the score.
         record: index of the record it comes from.
         guide: what the target thinks of it, if that is learnt from.
+        labels: what its units are worth to the target, of a labelled prompt.
     """
 
     ids: NDArray[np.int64]
     counted: NDArray[np.bool_]
     record: int
     guide: Guide | None = None
+    labels: UnitLabels | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UnitLabels:
+    """What some units of a labelled prompt are worth to the target.
+
+    Attributes:
+        ends: ``(u,)`` int32, place in the example of the last token of each.
+        values: ``(u,)`` float32, their utilities, standardised over all units of the prompt.
+        share: of the prompt's units, in (0, 1].
+    """
+
+    ends: NDArray[np.int32]
+    values: NDArray[np.float32]
+    share: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
