@@ -83,19 +83,25 @@ class Guide:
     top_ids: NDArray[np.int32] | None = None
     top_logprobs: NDArray[np.float32] | None = None
 
-    def piece(self, part: slice) -> Guide:
-        """The opinion on some of the tokens; words that lose a token are left out."""
+    def piece(self, part: slice | NDArray[np.int64], own: NDArray[np.bool_] | None = None) -> Guide:
+        """The opinion on some of the tokens; words that lose a token are left out.
+
+        Args:
+            part: the tokens.
+            own: of them, those on which it is asked for; by default all.
+        """
         words = self.words[part]
+        words = words if own is None else np.where(own, words, NO_WORD)
         here, everywhere = (np.bincount(w[w >= 0], minlength=len(self.nats)) for w in (words, self.words))
         kept = np.flatnonzero((here > 0) & (here == everywhere))
         number = np.full(len(self.nats) + 1, NO_WORD, dtype=np.int32)  # the last stands for NO_WORD
         number[kept] = np.arange(len(kept))
-        return Guide(
-            words=number[words],
-            nats=self.nats[kept],
-            top_ids=None if self.top_ids is None else self.top_ids[part],
-            top_logprobs=None if self.top_logprobs is None else self.top_logprobs[part],
-        )
+        top_ids = None if self.top_ids is None else self.top_ids[part]
+        top_logprobs = None if self.top_logprobs is None else self.top_logprobs[part]
+        if own is not None and top_ids is not None and top_logprobs is not None:
+            top_ids = np.where(own[:, None], top_ids, np.int32(-1))
+            top_logprobs = np.where(own[:, None], top_logprobs, np.float32(-np.inf))
+        return Guide(words=number[words], nats=self.nats[kept], top_ids=top_ids, top_logprobs=top_logprobs)
 
     def after_start(self) -> Guide:
         """The same after one more token, on which there is no opinion."""
@@ -172,7 +178,11 @@ class Encoding:
 
 @dataclass(frozen=True)
 class EncodedRecords:
-    """Examples, how many records did not fit whole, and how many the target has no opinion on."""
+    """Examples, how many records did not fit whole, and how many the target has no opinion on.
+
+    Attributes:
+        unordered: labelled prompts whose units are all worth the same, which say nothing.
+    """
 
     examples: Sequence[Example]
     split: int
@@ -180,6 +190,7 @@ class EncodedRecords:
     tokens: int
     counted_tokens: int
     unguided: int = 0
+    unordered: int = 0
 
 
 def encode_records(records: Sequence[Record], encoding: Encoding, first: int = 0) -> EncodedRecords:
