@@ -49,6 +49,7 @@ class PromptCompressor:
 
     Raises:
         ModelError: a model with recurrent layers, or one whose logits are not made as usual; see `OutputHead`.
+        ConfigError: ``rank_by`` is ``utility``, but the small LM has no utility head.
     """
 
     def __init__(self, lm: CausalLM, *, settings: CompressionSettings | None = None) -> None:

@@ -64,8 +64,13 @@ def in_context(text: str, units: Sequence[str]) -> list[InContext]:
     for number, (unit, parent) in enumerate(zip(units, parents, strict=True)):
         opening = [shown_title] if shown_title and number else []
         text_in_context = " ".join([*opening, *_above(number, parents, units), unit.strip()])
-        seen.append(InContext(text_in_context, parent, says_something=not _BRACKETS.match(unit)))
+        seen.append(InContext(text_in_context, parent, says_something=says_something(unit)))
     return seen
+
+
+def says_something(unit: str) -> bool:
+    """Whether a unit is more than brackets and white space."""
+    return not _BRACKETS.match(unit)
 
 
 @dataclass(frozen=True)

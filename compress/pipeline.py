@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING
@@ -17,13 +17,14 @@ from terselm.compress.layout import Floats32, Layout, LayoutMaker
 from terselm.compress.length import BudgetFit, Count, Length, TokenizerCounter, count_all, fit_all, smallest_budget
 from terselm.compress.prompt import Part, Prompt
 from terselm.compress.result import CompressionResult, DecisionArrays, Reason
-from terselm.compress.settings import CompressionSettings, RankBy, Selection, settings_for
+from terselm.compress.settings import CompressionSettings, RankBy, Selection, UnitKind, settings_for
+from terselm.errors import ConfigError
 from terselm.models import CausalLM
 
 if TYPE_CHECKING:
     from terselm.compress.engine.reader import ScoreReader
     from terselm.compress.ranking import Ranking
-    from terselm.compress.relevance import Relevance, UnitScores
+    from terselm.compress.relevance import Relevance, UnitScores, UtilityScores
     from terselm.compress.selection import RankedSelection
     from terselm.statistics import Floats, Ints
 
@@ -41,8 +42,9 @@ class _Job:
         asks: what its demonstrations are ranked for.
         original, budget: tokens, as the caller counts them.
         read: surprisals of demonstrations by themselves, by number of the demonstration.
-        ranks: other numbers in the place of perplexities: what demonstrations are worth for the question, or random
-            ones (an ablation).
+        ranks: other numbers in the place of perplexities: what demonstrations are worth for the question, or to the
+            target, or random ones (an ablation).
+        utilities: what all units are worth to the target, if they were read for that.
         tokens_read, tokens_cached: in Stage 1, or in Stage 3.
     """
 
@@ -54,6 +56,7 @@ class _Job:
     budget: int
     read: dict[int, Floats32] = field(default_factory=dict)
     ranks: dict[int, float] | None = None
+    utilities: UtilityScores | None = None
     tokens_read: int = 0
     tokens_cached: int = 0
 
@@ -66,10 +69,20 @@ class _Job:
 
     @property
     def is_ranked(self) -> bool:
-        """Whether its demonstrations are ranked for the question."""
+        """Whether its demonstrations are ranked by something else than surprisal."""
         return self.settings.rank_by is not RankBy.SURPRISAL
 
-    def charge(self, reading: Ranking | UnitScores) -> None:
+    @property
+    def is_read_for_use(self) -> bool:
+        """Whether a utility head scores its units."""
+        return self.settings.rank_by is RankBy.UTILITY
+
+    @property
+    def takes_units_by_rank(self) -> bool:
+        """Whether its sentences or lines are ranked as its demonstrations are."""
+        return self.settings.scores_units and not self.settings.contrast
+
+    def charge(self, reading: Ranking | UnitScores | UtilityScores) -> None:
         """Count what the small LM read to rank by."""
         self.tokens_read += reading.tokens_read
         self.tokens_cached += reading.tokens_cached
@@ -88,11 +101,20 @@ class Pipeline:
 
     Attributes:
         count: the small LM's own counter.
+
+    Raises:
+        ConfigError: the settings ask for a utility head that the small LM does not have.
     """
 
     def __init__(self, lm: CausalLM, settings: CompressionSettings, reader: ScoreReader) -> None:
+        if settings.rank_by is RankBy.UTILITY and lm.utility is None:
+            raise ConfigError(
+                f"rank_by is utility, but {lm.name!r} was not aligned for use: it has no utility head; choose a "
+                "checkpoint that has one, or rank_by auto"
+            )
         self._settings = settings
         self._window = lm.window
+        self._has_head = lm.utility is not None
         self._reader = reader
         self.count = TokenizerCounter(lm.tokenizer)
         self.layouts = LayoutMaker(self.count.backend, settings)
@@ -111,7 +133,7 @@ class Pipeline:
             counter: the caller's; the small LM's if None.
         """
         count = counter or self.count
-        chosen = [settings_for(prompt, self._settings) for prompt in prompts]
+        chosen = [settings_for(prompt, self._settings, has_head=self._has_head) for prompt in prompts]
         layouts = self.layouts.make(prompts, patterns, [settings.unit for settings in chosen])
         originals = count_all(count, [layout.text(np.ones(len(layout), dtype=bool)) for layout in layouts])
         results: dict[int, CompressionResult] = {}
@@ -167,13 +189,35 @@ class Pipeline:
                 job.ranks = {piece.index: number for piece, number in zip(pieces, numbers, strict=True)}
             return
         self._read([job for job in jobs if not job.is_ranked and job.controller.needs_perplexities])
-        asked = [job for job in jobs if job.is_ranked and len(job.layout.numbers(Part.DEMONSTRATION)) > 1]
+        self._read_for_use([job for job in jobs if job.is_read_for_use])
+        asked = [job for job in jobs if job.is_ranked and not job.is_read_for_use]
+        asked = [job for job in asked if len(job.layout.numbers(Part.DEMONSTRATION)) > 1]
         if not asked:
             return
         rankings = self._relevance.of_demonstrations([(job.asks, job.layout) for job in asked])
         for job, (scores, ranking) in zip(asked, rankings, strict=True):
             job.ranks = scores
             job.charge(ranking)
+
+    def _read_for_use(self, jobs: Sequence[_Job]) -> None:
+        """One pass over each prompt, which scores demonstrations and their units."""
+        least = [1 if job.takes_units_by_rank else 2 for job in jobs]
+        counts = [len(job.layout.numbers(Part.DEMONSTRATION)) for job in jobs]
+        asked = [job for job, count, few in zip(jobs, counts, least, strict=True) if count >= few]
+        if not asked:
+            return
+        cut = [job.layout if job.takes_units_by_rank else self._in_sentences(job.layout) for job in asked]
+        pairs = [(job.asks, layout) for job, layout in zip(asked, cut, strict=True)]
+        for job, utilities in zip(asked, self._relevance.by_utility(pairs), strict=True):
+            job.utilities = utilities
+            job.ranks = utilities.demonstrations
+            job.charge(utilities)
+
+    def _in_sentences(self, layout: Layout) -> Layout:
+        """The demonstrations by themselves, cut into sentences or lines; they keep their numbers."""
+        pieces = [layout.pieces[n] for n in layout.numbers(Part.DEMONSTRATION)]
+        prompt = Prompt(demonstrations=[piece.text for piece in pieces])
+        return replace(self.layouts.make([prompt], [], [UnitKind.AUTO])[0], pieces=pieces)
 
     def _read(self, jobs: Sequence[_Job]) -> None:
         if not jobs:
@@ -208,11 +252,7 @@ class Pipeline:
             return {}
         from terselm.compress.selection import RankedSelection
 
-        asked = [(job.asks, plan.layout, plan.selected, job.ranks or {}) for job, plan, _ in jobs.values()]
-        if self._settings.contrast:
-            scored = self._relevance.contrast([some[:3] for some in asked])
-        else:
-            scored = self._relevance.of_units(asked)
+        scored = self._score_units([(job, plan) for job, plan, _ in jobs.values()])
         done = {}
         for (number, (job, plan, others)), units in zip(jobs.items(), scored, strict=True):
             job.charge(units)
@@ -223,6 +263,13 @@ class Pipeline:
                 plan.layout, plan.parts, plan.budgets, units.scores, units.parents, quotas=quotas, others=others
             )
         return done
+
+    def _score_units(self, jobs: Sequence[tuple[_Job, Plan]]) -> list[UnitScores]:
+        asked = [(job.asks, plan.layout, plan.selected, job.ranks or {}) for job, plan in jobs]
+        if self._settings.contrast:
+            return self._relevance.contrast([some[:3] for some in asked])
+        read = [job.utilities.of(plan.layout, plan.selected) for job, plan in jobs if job.utilities is not None]
+        return read or self._relevance.of_units(asked)  # the small LM has a head for all of them, or for none
 
     def _iterations(self, job: _Job, plan: Plan, *, demonstrations: bool) -> IterativeCompression:
         instruction, chosen, question = plan.parts

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 STATEMENT = " We can get the answer to this question in the given documents."
 """The restrictive statement of arXiv:2310.06839."""
 _VECTORS = 1 << 14  # that an encoder remembers
-_LONGEST_QUESTION = 256  # tokens of a question that is read where nobody asked for ranking
+LONGEST_QUESTION = 256  # tokens of a question that is read where nobody asked for ranking
 _LABEL = re.compile(r"^\s*(?:question|query|q|user)\s*:\s*|\n\s*(?:answer|a|assistant|summary)\s*:?\s*$", re.IGNORECASE)
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]+|\d+")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
@@ -88,7 +88,7 @@ def make_ranker(
     if rank_by is RankBy.RERANKER:
         assert model is not None
         return CrossEncoderRanker(model, reader.device)
-    return QuestionRanker(tokenise, reader, longest=_LONGEST_QUESTION if rank_by is RankBy.AUTO else None)
+    return QuestionRanker(tokenise, reader, longest=LONGEST_QUESTION if rank_by is RankBy.AUTO else None)
 
 
 class QuestionRanker:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from terselm.compress.context import in_context
+from terselm.compress.context import in_context, says_something
 from terselm.compress.layout import Layout
 from terselm.compress.prompt import Part
-from terselm.compress.ranking import Ranker, Ranking, make_ranker
+from terselm.compress.ranking import LONGEST_QUESTION, Ranker, Ranking, make_ranker
 from terselm.compress.selection import standardised
-from terselm.compress.settings import CompressionSettings
+from terselm.compress.settings import CompressionSettings, RankBy
+from terselm.compress.utility import longest_question, question_before, utility_windows
 from terselm.statistics import Floats, Ints
 
 if TYPE_CHECKING:
@@ -37,8 +38,35 @@ class UnitScores:
     tokens_cached: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class UtilityScores:
+    """What a utility head says of all units of the demonstrations of one prompt, read in one pass.
+
+    Attributes:
+        units: by number of the demonstration, ``(n_units,)``, the higher the better.
+        demonstrations: by number, the score of its best unit; brackets and white space do not count where there is
+            more.
+        tokens_read, tokens_cached: see `Ranking`.
+    """
+
+    units: dict[int, Floats]
+    demonstrations: dict[int, float]
+    tokens_read: int
+    tokens_cached: int
+
+    def of(self, layout: Layout, pieces: Sequence[int]) -> UnitScores:
+        """The scores of the units of some pieces, cut as they were scored; they have been charged already."""
+        shown, _, parents = _shown(layout, pieces)
+        known = np.full(len(layout), np.nan)
+        for n in pieces:
+            known[layout.edges[n] : layout.edges[n + 1]] = self.units[layout.pieces[n].index]
+        scores = np.full(len(layout), np.nan)
+        scores[shown] = known[shown]
+        return UnitScores(scores=scores, parents=parents)
+
+
 class Relevance:
-    """Ranks for questions under one set of settings.
+    """Ranks for questions, or by use, under one set of settings.
 
     Args:
         tokenise: texts into tokens of the small LM.
@@ -90,6 +118,35 @@ class Relevance:
             )
         return scored
 
+    def by_utility(self, asked: Sequence[tuple[str, Layout]]) -> list[UtilityScores]:
+        """All demonstrations of each prompt and their units, by the small LM's utility head.
+
+        Args:
+            asked: question, which may be empty, and layout, whose demonstrations are cut into sentences or lines.
+
+        Raises:
+            ContextLengthError: a question that leaves less than half of the model's window.
+        """
+        questions = self._tokenise([question_before(question) for question, _ in asked])
+        if self._settings.rank_by is RankBy.AUTO:
+            longest = min(LONGEST_QUESTION, longest_question(self._reader.window))
+            questions = [ids[max(0, len(ids) - longest) :] for ids in questions]
+        windows = [
+            utility_windows(ids, *_with_ends(layout), layout.separator_ids, self._reader.window)
+            for ids, (_, layout) in zip(questions, asked, strict=True)
+        ]
+        reading = self._reader.read_units([window for some in windows for window in some])
+        scores, counts = iter(reading.scores), iter(reading.counts)
+        utilities = []
+        for some, (_, layout) in zip(windows, asked, strict=True):
+            values = np.zeros(len(layout.units_of(layout.numbers(Part.DEMONSTRATION))))
+            read = np.zeros(2, dtype=np.int64)
+            for window in some:
+                values[window.units] = next(scores)
+                read += next(counts)
+            utilities.append(_utility_scores(layout, values, read))
+        return utilities
+
     def contrast(self, asked: Sequence[tuple[str, Layout, Sequence[int]]]) -> list[UnitScores]:
         """log p(x | question, before) − log p(x | before), the mean over a unit's tokens.
 
@@ -126,6 +183,29 @@ class Relevance:
     @cached_property
     def _ranker(self) -> Ranker:
         return make_ranker(self._settings.rank_by, self._settings.ranker, self._tokenise, self._reader)
+
+
+def _with_ends(layout: Layout) -> tuple[list[Ints], list[Ints]]:
+    """The tokens of each demonstration, and the places in them of the last token of each of its units."""
+    numbers = layout.numbers(Part.DEMONSTRATION)
+    firsts = [layout.first[layout.edges[n] : layout.edges[n + 1] + 1] for n in numbers]
+    return [layout.piece_ids(n) for n in numbers], [first[1:] - first[0] - 1 for first in firsts]
+
+
+def _utility_scores(layout: Layout, values: Floats, counts: Ints) -> UtilityScores:
+    """``values``: of the units of all demonstrations, one demonstration after the other."""
+    units, best = {}, {}
+    begin = 0
+    for n in layout.numbers(Part.DEMONSTRATION):
+        piece, cut = layout.pieces[n], slice(layout.edges[n], layout.edges[n + 1])
+        mine = values[begin : begin + cut.stop - cut.start]
+        begin += len(mine)
+        spans = zip(layout.starts[cut].tolist(), layout.ends[cut].tolist(), strict=True)
+        speaks = np.array([says_something(piece.text[start:end]) for start, end in spans])
+        units[piece.index] = mine
+        best[piece.index] = float(mine[speaks].max() if speaks.any() else mine.max())
+    read, known = counts.tolist()
+    return UtilityScores(units=units, demonstrations=best, tokens_read=read, tokens_cached=known)
 
 
 def _shown(layout: Layout, pieces: Sequence[int]) -> tuple[Ints, list[str], Ints]:

@@ -53,6 +53,7 @@ class RankBy(StrEnum):
     BM25 = "bm25"  # words that it shares with the question
     EMBEDDING = "embedding"  # how near its embedding is to the question's
     RERANKER = "reranker"  # what a cross-encoder says of it and the question
+    UTILITY = "utility"  # how much a target needs it, as a small LM that was aligned for use has learnt
 
 
 class Selection(StrEnum):
@@ -108,9 +109,10 @@ class CompressionSettings:
         unit: the smallest thing that is kept or dropped.
         order: of the demonstrations, before Stage 2 reads them.
         rank_by: what demonstrations are ranked by. Unless it is ``surprisal`` or the unit a token or a word, their
-            sentences or lines are ranked so, too, and taken whole, the best first. ``auto``: the question
-            (``embedding`` where a ranker is named) where there is one, the demonstrations are not worked examples (see
-            ``anchor``), and ``k``, the rates, ``segment_size``, ``unit``, ``order``, ``anchor``, ``anchor_by`` and
+            sentences or lines are ranked so, too, and taken whole, the best first. ``utility`` needs no question, but a
+            small LM with a utility head. ``auto``: the question (``embedding`` where a ranker is named, else
+            ``utility`` where the small LM has a head) where there is one, the demonstrations are not worked examples
+            (see ``anchor``), and ``k``, the rates, ``segment_size``, ``unit``, ``order``, ``anchor``, ``anchor_by`` and
             ``ablations`` are as here; else surprisal.
         ranker: the model of ``embedding`` (by default ``minilm-l6``; or a folder or hub id of an encoder) or
             ``reranker`` (a folder or hub id of a cross-encoder).
@@ -149,7 +151,7 @@ class CompressionSettings:
 
     @property
     def scores_units(self) -> bool:
-        """Whether Stage 2 takes units of demonstrations by what they are worth for the question, not by surprisal."""
+        """Whether Stage 2 takes units of demonstrations by what they are worth to the reader, not by surprisal."""
         if self.rank_by is RankBy.SURPRISAL:
             return False
         return self.contrast or self.unit in (UnitKind.AUTO, UnitKind.SENTENCE, UnitKind.LINE)
@@ -219,20 +221,23 @@ _OF_THINNING = (
 )
 
 
-def settings_for(prompt: Prompt, settings: CompressionSettings) -> CompressionSettings:
+def settings_for(prompt: Prompt, settings: CompressionSettings, *, has_head: bool = False) -> CompressionSettings:
     """The settings with ``rank_by``, ``unit``, ``anchor`` and ``anchor_by`` decided (docs/algorithm.md, §1 and §5).
 
     Only a unit of sentences or lines may stay open, as `UnitKind.AUTO`: each text then decides. `AnchorOrder.AUTO` is
     left to worked examples that were recognised as such.
+
+    Args:
+        has_head: whether the small LM has a utility head.
 
     Raises:
         PromptError: there is nothing to rank, or no question to rank it for, although the settings ask for that.
     """
     rank_by = settings.rank_by
     if rank_by is RankBy.AUTO:
-        rank_by = _rank_by(prompt, settings)
+        rank_by = _rank_by(prompt, settings, has_head=has_head)
     elif rank_by is not RankBy.SURPRISAL:
-        _require_ranking(prompt, rank_by)
+        _require_ranking(prompt, settings)
     unit, anchor, anchor_by = settings.unit, settings.anchor, settings.anchor_by
     if unit is UnitKind.AUTO and (rank_by is RankBy.SURPRISAL or settings.contrast):
         unit = UnitKind.TOKEN
@@ -258,18 +263,23 @@ def paper_settings(**changes: Any) -> CompressionSettings:
     return replace(paper, **changes)
 
 
-def _rank_by(prompt: Prompt, settings: CompressionSettings) -> RankBy:
+def _rank_by(prompt: Prompt, settings: CompressionSettings, *, has_head: bool) -> RankBy:
     examples = not prompt.ranked_for and prompt.holds_worked_examples
     asked = settings.contrast or settings.rank_delta > 0 or (settings.leaves_thinning_open and not examples)
     if not (asked and prompt.asks.strip() and any(map(str.strip, prompt.demonstrations))):
         return RankBy.SURPRISAL
-    return RankBy.QUESTION if settings.ranker is None else RankBy.EMBEDDING
+    if settings.ranker is not None:
+        return RankBy.EMBEDDING
+    return RankBy.UTILITY if has_head else RankBy.QUESTION
 
 
-def _require_ranking(prompt: Prompt, rank_by: RankBy) -> None:
+def _require_ranking(prompt: Prompt, settings: CompressionSettings) -> None:
+    rank_by = settings.rank_by
     way_out = "choose rank_by auto or surprisal for such prompts"
-    if not prompt.asks.strip():
+    if not prompt.asks.strip() and rank_by is not RankBy.UTILITY:
         raise PromptError(f"rank_by is {rank_by}, but the prompt has no question; give one, or {way_out}")
+    if not prompt.asks.strip() and settings.contrast:
+        raise PromptError(f"contrast needs a question, but the prompt has none; give one, or {way_out}")
     if not any(map(str.strip, prompt.demonstrations)):
         raise PromptError(f"rank_by is {rank_by}, but the prompt has no demonstrations to rank; {way_out}")
 

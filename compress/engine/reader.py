@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -20,9 +20,13 @@ from terselm.models.memory import in_halves, text_too_large
 if TYPE_CHECKING:
     import torch
 
+    from terselm.compress.utility import UtilityWindow
     from terselm.statistics import Ints
 
+Item = TypeVar("Item")
+
 _NOTHING = np.zeros(0, dtype=np.int64)
+_UTILITY = b"utility"
 _ENTRY = 200  # bytes that a key and its place in the table take
 
 
@@ -50,6 +54,19 @@ class ReadingAfter:
     """
 
     nats: list[Floats32]
+    counts: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitReading:
+    """Windows whose units the utility head has scored.
+
+    Attributes:
+        scores: of each, ``(n_units,)`` float32, the higher the better.
+        counts: of each, tokens that the model read for it, and tokens that were known.
+    """
+
+    scores: list[Floats32]
     counts: list[tuple[int, int]]
 
 
@@ -111,23 +128,44 @@ class ScoreReader:
         """Surprisals of the second text of each pair after the first; both together fit into the window."""
         return self._read(pairs, self._engine.score_after)
 
+    def read_units(self, windows: Sequence[UtilityWindow]) -> UnitReading:
+        """Scores of units by the utility head.
+
+        Raises:
+            ModelError: the model has no such head.
+        """
+        keys = [ScoreCache.key(window.ends, window.ids, kind=_UTILITY) for window in windows]
+        scores, read = self._look_up(keys, windows, self._engine.score_units)
+        lengths = [len(window.ids) for window in windows]
+        counts = [(1 + size, 0) if new else (0, size) for size, new in zip(lengths, read, strict=True)]
+        return UnitReading(scores=scores, counts=counts)
+
     def _read(
         self, pairs: Sequence[tuple[Ints, Ints]], score: Callable[[Sequence[tuple[Ints, Ints]]], list[Floats32]]
     ) -> ReadingAfter:
-        """What is not in the cache is scored, each distinct pair once."""
-        keys = [ScoreCache.key(*pair) for pair in pairs]
+        nats, read = self._look_up([ScoreCache.key(*pair) for pair in pairs], pairs, score)
+        counts = [
+            (1 + len(before) + len(text), 0) if new else (0, len(text))
+            for (before, text), new in zip(pairs, read, strict=True)
+        ]
+        return ReadingAfter(nats=nats, counts=counts)
+
+    def _look_up(
+        self, keys: Sequence[bytes], items: Sequence[Item], score: Callable[[Sequence[Item]], list[Floats32]]
+    ) -> tuple[list[Floats32], list[bool]]:
+        """The values of all items, and for which of them the model read: what is not in the cache, each thing once."""
         known = {key: values for key in keys if (values := self._cache.get(key)) is not None}
-        unread = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
+        unread = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
         new = dict(zip(unread, score(list(unread.values())) if unread else [], strict=True))
         for key, values in new.items():
             self._cache.put(key, values)
-        counts = []
+        read = []
         charged = set(known)
-        for key, (before, text) in zip(keys, pairs, strict=True):
-            counts.append((0, len(text)) if key in charged else (1 + len(before) + len(text), 0))
+        for key in keys:
+            read.append(key not in charged)
             charged.add(key)
         known |= new
-        return ReadingAfter(nats=[known[key] for key in keys], counts=counts)
+        return [known[key] for key in keys], read
 
     def run_stage_two(self, stages: Sequence[IterativeCompression]) -> None:
         """Take all prompts through Stage 2: together, but for those that may outgrow the window."""
@@ -173,9 +211,9 @@ class ScoreReader:
 
 
 class ScoreCache:
-    """Surprisals that were computed before: one set of demonstrations, a thousand questions.
+    """Surprisals, or scores of units, that were computed before: one set of demonstrations, a thousand questions.
 
-    An entry is exact: its key is every token that its surprisals depend on. The least recently used entries leave once
+    An entry is exact: its key is every token that its values depend on. The least recently used entries leave once
     ``max_bytes`` are reached. A cache belongs to one model.
 
     Args:
@@ -188,9 +226,13 @@ class ScoreCache:
         self.bytes = 0
 
     @staticmethod
-    def key(prefix: Ints, segment: Ints) -> bytes:
-        """Identifies tokens read after a prefix (which starts with BOS, not counted in it)."""
-        digest = blake2b(len(prefix).to_bytes(8, "little"), digest_size=16)
+    def key(prefix: Ints, segment: Ints, *, kind: bytes = b"") -> bytes:
+        """Identifies tokens read after a prefix (which starts with BOS, not counted in it).
+
+        Args:
+            kind: keeps scores of another kind apart; their ``prefix`` may then be what else they depend on.
+        """
+        digest = blake2b(len(prefix).to_bytes(8, "little"), digest_size=16, person=kind)
         digest.update(prefix.tobytes())
         digest.update(segment.tobytes())
         return digest.digest()

@@ -24,6 +24,7 @@ from terselm.models.memory import free_bytes, kv_bytes
 from terselm.models.reading import OutputHead, cache_argument, fast_attention, grain, last_states
 
 if TYPE_CHECKING:
+    from terselm.compress.utility import UtilityWindow
     from terselm.statistics import Ints
 
 _LAYERS = {"full_attention", "sliding_attention"}
@@ -100,6 +101,27 @@ class SurprisalEngine:
         )
         scores = dict(scorer.score(rows, skips=skips, window=Window(window)))
         return [scores[number].nats for number in range(len(rows))]
+
+    def score_units(self, windows: Sequence[UtilityWindow]) -> list[Floats32]:
+        """Scores of units by the model's utility head, without logits.
+
+        Returns:
+            one ``(n,)`` float32 array a window.
+
+        Raises:
+            ModelError: the model has no such head.
+        """
+        from terselm.compress.engine.utility import UtilityScorer  # few checkpoints have a head
+
+        if self.lm.utility is None:
+            raise ModelError(f"{self.lm.name!r} has no utility head, so that it cannot score units")
+        scorer = UtilityScorer(
+            self.lm,
+            self.lm.utility,
+            states_of=self._graphs.texts if self._graphs is not None else None,
+            give_back=self.give_back_memory,
+        )
+        return scorer.score(windows)
 
     def rows_at_once(self, longest: int) -> int:
         """How many prompts, none of which reads more than ``longest`` tokens, advance together in the free memory."""

@@ -44,7 +44,7 @@ WITH_TORCH = (  # the only places that know tensors, at any depth of a file
     "terselm.data.slots",
     "terselm.data.collection.local",
 )
-WITHOUT_TORCH = ("budget", "itpc", "layout", "length", "messages", "prompt", "result", "settings")
+WITHOUT_TORCH = ("budget", "itpc", "layout", "length", "messages", "prompt", "result", "settings", "utility")
 
 
 def room(module: str) -> str:

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from terselm.errors import CheckpointError, ConfigError, ModelError
 from terselm.extras import first_line, need
 from terselm.models.aliases import ALIASES, convert_alias
 from terselm.models.quantise import quantise_linear_layers
+
+if TYPE_CHECKING:
+    from terselm.models.utility_head import UtilityHead
 
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -30,12 +33,14 @@ class CausalLM:
         tokenizer: a fast tokenizer (character offsets are needed).
         name: the name under which it was asked for.
         first_id: the token that every text starts with, where that is not BOS: a chat template may open with another.
+        utility: the head that scores units of prompts, on the model's device; None where it was not aligned for use.
     """
 
     model: Any
     tokenizer: Any
     name: str
     first_id: int | None = None
+    utility: UtilityHead | None = None
 
     @property
     def window(self) -> int:
@@ -82,12 +87,14 @@ def load_causal_lm(name: str | Path, *, device: str = "auto", dtype: str = "auto
     if dtype == _INT8 and place.type != "cpu":
         raise ConfigError(f"dtype int8 is for the CPU, but the device is {place}; choose device cpu, or another dtype")
     model, tokenizer = _load(name, torch.float32 if dtype == _INT8 else getattr(torch, dtype))
+    head = _utility_head(name, model)
     if not tokenizer.is_fast:
         raise ModelError(f"{str(name)!r} has no fast tokenizer; TerseLM needs its character offsets")
     if dtype == _INT8:
         model = quantise_linear_layers(model, tokenizer)
     try:
-        return CausalLM(model=model.to(place).eval(), tokenizer=tokenizer, name=str(name))
+        utility = head.to(place).eval() if head is not None else None
+        return CausalLM(model=model.to(place).eval(), tokenizer=tokenizer, name=str(name), utility=utility)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"cannot move {str(name)!r} to device {device!r}: {first_line(error)}") from None
 
@@ -175,6 +182,47 @@ def _load(name: str | Path, dtype: Any) -> tuple[Any, Any]:
     with _clear_errors(name):
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
     return model, load_tokenizer(name)
+
+
+def _utility_head(name: str | Path, model: Any) -> UtilityHead | None:
+    """What lies beside the weights that were named; a head of an adapter's base is for other states.
+
+    Raises:
+        CheckpointError: it is damaged, or of another model.
+    """
+    from terselm.models.utility_head import HEAD_WEIGHTS, UtilityHead
+
+    source = resolve(name)
+    adapter = adapter_folder(source)
+    folder = adapter or (source if isinstance(source, Path) else _hub_folder_with(source, HEAD_WEIGHTS))
+    if folder is None or not (folder / HEAD_WEIGHTS).is_file():
+        return None
+    base = _published_base(folder) if adapter is None else _adapter_base(adapter)
+    return UtilityHead.load(folder, int(model.config.get_text_config().hidden_size), base=base)
+
+
+def _hub_folder_with(hub_id: str, file: str) -> Path | None:
+    """The folder of a hub model's downloaded files, once this one is among them; None where the model has none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with _clear_errors(hub_id):
+        try:
+            return Path(hf_hub_download(hub_id, file)).parent
+        except LocalEntryNotFoundError:  # the hub does not answer any more
+            raise
+        except EntryNotFoundError:
+            return None
+
+
+def _published_base(folder: Path) -> str | None:
+    """What a published model was made from."""
+    import json
+
+    try:
+        return str(json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["base"]["name"])
+    except (OSError, ValueError, KeyError, TypeError):  # `verify` is who says that it is damaged
+        return None
 
 
 def _adapter_base(adapter: Path) -> str:

@@ -131,8 +131,7 @@ class RowScorer:
         parts: dict[int, list[RowScores]] = {}
         if unread := [number for number in range(len(rows)) if number not in waiting]:
             yield [(number, _nothing(top_k)) for number in unread]
-        kind = self._device.type if self._device.type in _TOKENS_AT_ONCE else "cpu"
-        for batch in token_batches([len(p.ids) for p in pieces], _TOKENS_AT_ONCE[kind], _FREE_PADDING[kind]):
+        for batch in batches_for(self._device, [len(piece.ids) for piece in pieces]):
             done = []
             read = [pieces[index] for index in batch]
             for piece, scores in zip(read, self._read_what_fits(read, top_k), strict=True):
@@ -159,16 +158,12 @@ class RowScorer:
     def _read(self, pieces: Sequence[_WindowPart], top_k: int) -> list[RowScores]:
         lengths = np.array([len(piece.ids) for piece in pieces])
         skips = np.array([piece.skip for piece in pieces])
-        ids = np.full((len(pieces), self._width(int(lengths.max())) + 1), self._lm.start_id, dtype=np.int64)
-        for row, piece in zip(ids, pieces, strict=True):
-            row[1 : len(piece.ids) + 1] = piece.ids
-        states = self._states_of(ids[:, :-1]) if self._states_of is not None else None
-        if states is None:
-            states = last_states(self._lm.model, self._tensor(ids[:, :-1]))
-        column = np.arange(ids.shape[1] - 1)
+        states = read_rows(self._lm, [piece.ids[:-1] for piece in pieces], self._states_of)
+        column = np.arange(states.shape[1])
         scored = (column >= skips[:, None]) & (column < lengths[:, None])
-        before = states.flatten(0, 1)[self._tensor(np.flatnonzero(scored))]
-        values = self._head.nll_and_likeliest(before, self._tensor(ids[:, 1:][scored]), top_k)
+        before = states.flatten(0, 1)[on_device(np.flatnonzero(scored), self._device)]
+        targets = np.concatenate([piece.ids[piece.skip :] for piece in pieces])
+        values = self._head.nll_and_likeliest(before, on_device(targets, self._device), top_k)
         ends = np.cumsum(lengths - skips)[:-1]
         nats, top, tokens = (np.split(value.cpu().numpy(), ends) for value in values)
         return [
@@ -176,12 +171,36 @@ class RowScorer:
             for mine, its_top, its_tokens in zip(nats, top, tokens, strict=True)
         ]
 
-    def _width(self, longest: int) -> int:
-        step = grain(longest) if self._device.type == "cpu" else 1
-        return min(self._lm.window, -(-longest // step) * step)
 
-    def _tensor(self, array: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+def read_rows(
+    lm: CausalLM, rows: Sequence[NDArray[np.int64]], states_of: Callable[[NDArray[np.int64]], Tensor | None] | None
+) -> Tensor:
+    """Last hidden states ``(B, S, H)`` of rows of ids, each after the start token, in one pass; padded at their ends.
+
+    Args:
+        lm: the model.
+        rows: token ids, each ``(T_i,)``; with the start token they fit into the model's window.
+        states_of: see `RowScorer`.
+    """
+    device = lm.model.device
+    longest = 1 + max(len(row) for row in rows)
+    step = grain(longest) if device.type == "cpu" else 1
+    ids = np.full((len(rows), min(lm.window, -(-longest // step) * step)), lm.start_id, dtype=np.int64)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[1 : len(tokens) + 1] = tokens
+    states = states_of(ids) if states_of is not None else None
+    return last_states(lm.model, on_device(ids, device)) if states is None else states
+
+
+def on_device(array: NDArray[np.int64], device: torch.device) -> Tensor:
+    """The numbers, without waiting for them."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+
+def batches_for(device: torch.device, lengths: Sequence[int]) -> Iterator[list[int]]:
+    """`token_batches` of as many tokens as keep a device busy."""
+    kind = device.type if device.type in _TOKENS_AT_ONCE else "cpu"
+    return token_batches(lengths, _TOKENS_AT_ONCE[kind], _FREE_PADDING[kind])
 
 
 def token_batches(lengths: Sequence[int], tokens_at_once: int, free_padding: int = 0) -> Iterator[list[int]]:
