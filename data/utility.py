@@ -1,9 +1,9 @@
 """Labelled prompts: how much each sentence or line of a prompt helps a target to say its answer.
 
-What alignment for use learns from. A prompt is cut into at most 64 *units*; some of them are left out, again and again,
-and each time the target says how likely it finds the answer. Ridge regression of that on what was kept gives each
-unit's *utility*: the surrogate of ContextCite (arXiv:2409.00729). docs/data.md describes the file, `read_labels` reads
-it. Nothing here knows models: `terselm.data.collection.labels` asks the target.
+What alignment for use learns from. A prompt is cut into some 64 *units* at most; some of them are left out, again and
+again, and each time the target says how likely it finds the answer. Ridge regression of that on what was kept gives
+each unit's *utility*: the surrogate of ContextCite (arXiv:2409.00729). docs/data.md describes the file, `read_labels`
+reads it. Nothing here knows models: `terselm.data.collection.labels` asks the target.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from terselm.files import atomic_file
 from terselm.statistics import Floats
 
 MOST_UNITS = 64
+"""Of a prompt of no more demonstrations; else each of them is one."""
 RIDGE = 1.0
 """Weight of the squared utilities against the squared errors, one for each mask."""
 _SEPARATOR = "\n\n"
@@ -42,7 +43,8 @@ class CutPrompt:
     """A prompt whose demonstrations are cut into units.
 
     Attributes:
-        units: 2 to 64, in order; those of a demonstration cover it without gaps.
+        units: at least 2 and at most 64, or as many as demonstrations, in order; those of a demonstration cover it
+            without gaps.
         parents: of each unit the one that it is not kept without, an earlier one of the same demonstration; −1 for
             none.
 
@@ -60,10 +62,11 @@ class CutPrompt:
         for text in (self.instruction, self.question, *self.demonstrations):
             if not isinstance(text, str):
                 raise ValueError(f"a part of the prompt is {type(text).__name__}; expected a string")
-        if not 2 <= len(self.units) <= MOST_UNITS:
+        most = max(MOST_UNITS, len(list(filter(None, self.demonstrations))))
+        if not 2 <= len(self.units) <= most:
             raise ValueError(
-                f"the prompt has {len(self.units)} unit{'s' * (len(self.units) != 1)}; expected 2 to {MOST_UNITS} "
-                "sentences or lines, since a utility is a difference between them"
+                f"the prompt has {len(self.units)} unit{'s' * (len(self.units) != 1)}; expected 2 to {most} sentences "
+                "or lines, which can be kept without each other"
             )
         self._check_units()
         self._check_parents()
