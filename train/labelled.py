@@ -120,7 +120,7 @@ def standardised(utility: Sequence[float]) -> Floats:
     """Of mean 0 and variance 1; zeros where all are the same."""
     values: Floats = np.asarray(utility, dtype=np.float64)
     spread = float(values.std())
-    return (values - values.mean()) / (spread or 1.0)
+    return np.asarray((values - values.mean()) / (spread or 1.0))
 
 
 def read_prompts(

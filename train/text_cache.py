@@ -136,6 +136,11 @@ class TokenisedTexts:
     held_out_records: list[Record]
     held_out_labels: list[LabelledPrompt]
 
+    @property
+    def labelled_examples(self) -> int:
+        """How many examples are trained on that have units with utilities."""
+        return self.store.labelled
+
 
 def tokenised(request: TextRequest) -> TokenisedTexts:
     """From the cache, or made now; of several processes one makes it, while the others wait.
@@ -366,6 +371,11 @@ class ExampleStore(_LazyExamples):
         if not len(self):
             return np.zeros(0, dtype=np.int64)
         return np.add.reduceat(self._columns["counted"], self._starts[:-1], dtype=np.int64)
+
+    @property
+    def labelled(self) -> int:
+        """Examples with labelled units."""
+        return int(np.count_nonzero(self._columns["unit_count"])) if "unit_count" in self._columns else 0
 
     def example(self, index: int) -> Example:
         tokens = slice(self._starts[index], self._starts[index + 1])

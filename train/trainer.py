@@ -17,11 +17,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from terselm.errors import ConfigError
 from terselm.train.callbacks import (
-    MEASURE,
     BestWeights,
     FiniteWeights,
     TrainingProgress,
     WholeCheckpoints,
+    logged_as,
     tracker_callbacks,
 )
 from terselm.train.hardware import flops_per_token, peak_flops
@@ -29,7 +29,7 @@ from terselm.train.model import gather_trained, head_of, load_head, save_head
 from terselm.train.objectives import Mixture
 from terselm.train.packing import MODEL_INPUTS, Row, collate
 from terselm.train.run_folder import RunFolder, clear_disk_errors
-from terselm.train.settings import AlignSettings
+from terselm.train.settings import AlignSettings, Metric
 from terselm.train.surprisals import Readings, surprisals_of
 
 
@@ -48,13 +48,14 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         self.progress = TrainingProgress()
         self._objective = Mixture.of(settings.objective)
         self._counts = StepCounts.of(schedule, settings.optimisation.rows_per_step, self._objective)
-        self.choose_by: Callable[[], float] | None = None  # bits per byte of the text that chooses the best weights
+        self.choose_by: Callable[[], float] | None = None  # the score of the text that chooses the best weights
+        self._measure = logged_as(settings.metric)
         self._head_learning_rate = settings.optimisation.head_learning_rate
         self._folder = folder
         self._finite = FiniteWeights(self, folder)
         watchers = [self.progress, WholeCheckpoints(self, folder)]
         if settings.evaluation.every:
-            watchers.append(BestWeights(settings.evaluation, settings.save_every))
+            watchers.append(BestWeights(settings))
         super().__init__(
             model=model,
             args=arguments,
@@ -119,10 +120,10 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         return loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Bits per byte of the held-out text that chooses the best weights."""
+        """The score of the held-out text that chooses the best weights."""
         if self.choose_by is None:
             raise RuntimeError("no text was set apart to choose the best weights by")
-        metrics = {MEASURE: self.choose_by()}
+        metrics = {self._measure: self.choose_by()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -212,8 +213,8 @@ def training_arguments(settings: AlignSettings, folder: RunFolder, *, rows: int,
         eval_strategy="steps" if every else "no",
         eval_steps=every or None,
         load_best_model_at_end=bool(every),
-        metric_for_best_model=MEASURE if every else None,
-        greater_is_better=False,
+        metric_for_best_model=logged_as(settings.metric) if every else None,
+        greater_is_better=settings.metric is not Metric.BITS_PER_BYTE,
         save_steps=every or settings.save_every,  # the Trainer saves where it evaluates; `BestWeights` adds save_every
         save_total_limit=3,  # the last one may be torn, and the best is one of them
         seed=settings.seed,
