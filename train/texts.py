@@ -154,8 +154,8 @@ def _refuse_labels(objective: ObjectiveSettings, cached: TokenisedTexts) -> None
         )
     if not cached.labelled_examples:
         raise ConfigError(
-            f"none of the labelled prompts that are trained on can be used: {cached.training.unordered} have units that "
-            f"are all worth the same, {cached.training.dropped} a question longer than half of data.max_length or, with "
+            f"none of the labelled prompts that are trained on can be used: {cached.training.unordered} have units "
+            f"that are all worth the same, {cached.training.dropped} a question longer than half a row or, with "
             "data.overlong=drop, more text than one row; make other labels or raise data.max_length"
         )
 
