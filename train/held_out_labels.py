@@ -20,9 +20,9 @@ from terselm.statistics import CONFIDENCE, Floats, ratio, spearman
 from terselm.train.examples import Encoding, Example
 from terselm.train.held_out import gather_sums, read_examples
 from terselm.train.labelled import ReadPrompt, documents_hash, has_order, read_prompts
+from terselm.train.report.measures import RANKERS
 
 SCORE, SURPRISAL, BM25 = "score", "surprisal", "bm25"
-RANKERS = {SCORE: "the trained head", SURPRISAL: "surprisal", BM25: "BM25"}
 MEASURES = ("spearman", "best_first", "best_in_10", "best_in_25")
 _SHARES = {"best_in_10": 0.10, "best_in_25": 0.25}
 
