@@ -20,10 +20,18 @@ from terselm.config import dump_config
 from terselm.errors import ConfigError, ModelError, TrainingError
 from terselm.models import load_tokenizer
 from terselm.progress import say
-from terselm.train.callbacks import MEASURE
+from terselm.train.callbacks import logged_as
 from terselm.train.fitting import DryRunEstimate, fewer_rows, find_fitting, is_out_of_memory
 from terselm.train.hardware import apply_engine, join_processes, pick_precision, quieten_libraries, share_out_cores
 from terselm.train.held_out import HeldOutText, compare_scores, score_held_out
+from terselm.train.held_out_labels import (
+    HeldOutLabels,
+    UnitReadings,
+    compare_rankers,
+    rank_correlation,
+    rankers_sentence,
+    read_units,
+)
 from terselm.train.model import gather_trained, load_small_lm, make_trainable, save_trained
 from terselm.train.provenance import describe_hardware, describe_versions, git_commit, weights_sha256
 from terselm.train.report.measures import sentence
@@ -35,7 +43,7 @@ from terselm.train.report.report import (
     write_held_out_texts,
 )
 from terselm.train.run_folder import ADAPTER, MODEL, RunFolder, clear_disk_errors, run_key
-from terselm.train.settings import AlignSettings, TrainingMethod
+from terselm.train.settings import AlignSettings, Metric, TrainingMethod
 from terselm.train.surprisals import give_surprisals
 from terselm.train.text_cache import RecordSource
 from terselm.train.texts import Texts, combined_fingerprint, prepare_texts, read_sources
@@ -104,6 +112,7 @@ def _attempt(run: AlignmentRun, data_sha256: str, tell: Callable[[str], None], *
     run = _fit(run)
     tell(run.introduction())
     before = run.score(run.reported)
+    units_before = run.read_units(run.reported_labels) if run.scores_units else None
     tell(f"held-out text before: {run.reported.bits_per_byte(before):.4f} bits per byte")
     if checkpoint is not None:
         tell(f"going on from {checkpoint}")
@@ -123,16 +132,20 @@ def _attempt(run: AlignmentRun, data_sha256: str, tell: Callable[[str], None], *
         "resumed": checkpoint is not None,
     }
     held_out = compare_scores(run.reported, before, run.score(run.reported), settings.seed)
+    utility = None
+    if units_before is not None:
+        utility = compare_rankers(run.reported_labels, units_before, run.read_units(run.reported_labels), settings.seed)
     weights = gather_trained(run.model, keep=run.state.is_main_process)
     if run.state.is_main_process:
         metrics: dict[str, Any] = {"model": settings.model, "method": settings.method.value}
         metrics |= {"held_out": held_out, "training": training, **run.circumstances(data_sha256)}
+        metrics |= {} if utility is None else {"utility": utility}
         metrics["seconds"] = time.perf_counter() - started
         held_out_texts = run.reported.prompt_of, run.reported.raw
         with clear_disk_errors(folder.path, "the result could not be written; the checkpoints are kept"):
             write_held_out_texts(folder.path, *held_out_texts, most=settings.report.texts, seed=settings.seed)
         save = partial(save_trained, run.model, settings=settings, tokenizer=run.tokenizer, weights=weights)
-        folder.finish(metrics, save)
+        folder.finish(metrics, partial(save, facts=run.head_facts()))
         tell(_conclusion(metrics, folder))
     run.trainer.accelerator.end_training()
     return True
@@ -204,7 +217,8 @@ def _conclusion(metrics: dict[str, Any], folder: RunFolder) -> str:
     held_out, training = metrics["held_out"], metrics["training"]
     difference = held_out["difference"]
     low, high = difference["bits_per_byte_interval"]
-    return (
+    utility = f"{rankers_sentence(metrics['utility'])}\n" if "utility" in metrics else ""
+    return utility + (
         f"held-out text after: {held_out['after']['bits_per_byte']:.4f} bits per byte, "
         f"{difference['bits_per_byte']:+.4f} (95% interval {low:+.4f} to {high:+.4f})\n"
         f"{training['tokens_seen']:,} tokens at {training['tokens_per_second']:,.0f} tokens/s, "
@@ -219,6 +233,7 @@ class AlignmentRun:
     Attributes:
         reported: held-out text of the report.
         choosing: held-out text that the best weights are chosen by, if any are.
+        reported_labels, choosing_labels: held-out labelled prompts, likewise.
     """
 
     settings: AlignSettings
@@ -229,13 +244,17 @@ class AlignmentRun:
     texts: Texts
     reported: HeldOutText
     choosing: HeldOutText | None
+    reported_labels: HeldOutLabels
+    choosing_labels: HeldOutLabels | None
     trainer: AlignmentTrainer
     base: dict[str, str]
     compute: dict[str, Any]
 
     def __post_init__(self) -> None:
         """Let the trainer choose the best weights by the held-out text that was set apart for it."""
-        if (chosen := self.choosing) is not None:
+        if self.settings.metric is Metric.UTILITY and (labels := self.choosing_labels) is not None:
+            self.trainer.choose_by = lambda: rank_correlation(labels, self.read_units(labels).scores)
+        elif (chosen := self.choosing) is not None:
             self.trainer.choose_by = lambda: chosen.bits_per_byte(self.score(chosen))
 
     @property
@@ -273,6 +292,26 @@ class AlignmentRun:
             )
         return nats
 
+    @property
+    def scores_units(self) -> bool:
+        """Whether a head is trained, and there are held-out labels to see what it has learnt."""
+        return self.settings.objective.utility > 0 and len(self.reported_labels) > 0
+
+    def read_units(self, labels: HeldOutLabels) -> UnitReadings:
+        """Scores and surprisals of the units of held-out labelled prompts."""
+        return read_units(
+            self.model,
+            labels,
+            row_length=self.texts.row_length,
+            rows_per_pass=self.settings.evaluation.rows_per_pass,
+            rank=self.state.process_index,
+            processes=self.state.num_processes,
+        )
+
+    def head_facts(self) -> dict[str, str]:
+        """What a utility head belongs to, and what it is for."""
+        return {"base": self.settings.model, "target": ", ".join(self.texts.label_targets)}
+
     def with_rows_per_pass(self, rows: int) -> AlignmentRun:
         """The same run in smaller or larger passes."""
         settings = replace(self.settings, optimisation=replace(self.settings.optimisation, rows_per_pass=rows))
@@ -294,7 +333,7 @@ class AlignmentRun:
             "hardware": describe_hardware(),
             "git_commit": git_commit(),
             "loss_history": [entry for entry in history if "loss" in entry],
-            "choice_history": [entry for entry in history if MEASURE in entry],
+            "choice_history": [entry for entry in history if logged_as(self.settings.metric) in entry],
         }
 
     def introduction(self) -> str:
@@ -348,6 +387,9 @@ def prepare_run(
         "steps": arguments.max_steps,
     }
     choosing, reported = texts.held_out.halves(settings.seed) if settings.evaluation.every else (None, texts.held_out)
+    choosing_labels, reported_labels = None, texts.labels
+    if settings.evaluation.every and settings.objective.utility:
+        choosing_labels, reported_labels = texts.labels.halves(settings.seed)
     return AlignmentRun(
         settings=settings,
         folder=folder,
@@ -357,6 +399,8 @@ def prepare_run(
         texts=texts,
         reported=reported,
         choosing=choosing,
+        reported_labels=reported_labels,
+        choosing_labels=choosing_labels,
         trainer=AlignmentTrainer(model, arguments, schedule, folder, settings),
         base=base,
         compute=compute,

@@ -16,9 +16,12 @@ from transformers import Trainer, TrainerCallback
 from terselm.errors import ConfigError, TrainingError
 from terselm.progress import Progress, duration, say
 from terselm.train.run_folder import RunFolder
-from terselm.train.settings import EvaluationSettings, Tracker
+from terselm.train.settings import AlignSettings, Metric, Tracker
 
-MEASURE = "eval_bits_per_byte"
+
+def logged_as(metric: Metric) -> str:
+    """The name that a score of held-out text has in the history."""
+    return f"eval_{metric.value}"
 
 
 class TrainingProgress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -120,9 +123,11 @@ class FiniteWeights(TrainerCallback):  # type: ignore[misc]
 class BestWeights(TrainerCallback):  # type: ignore[misc]
     """Asks for a score of the held-out text every so often, and for an end when it has stopped getting better."""
 
-    def __init__(self, settings: EvaluationSettings, save_every: int) -> None:
-        self._settings = settings
-        self._save_every = save_every
+    def __init__(self, settings: AlignSettings) -> None:
+        self._patience = settings.evaluation.patience
+        self._save_every = settings.save_every
+        self._name = logged_as(settings.metric)
+        self._sign = 1 if settings.metric is Metric.BITS_PER_BYTE else -1
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == state.max_steps:
@@ -130,8 +135,8 @@ class BestWeights(TrainerCallback):  # type: ignore[misc]
         control.should_save |= control.should_evaluate or state.global_step % self._save_every == 0
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        scores = [entry[MEASURE] for entry in state.log_history if MEASURE in entry]
-        if self._settings.patience and rounds_since_best(scores) >= self._settings.patience:
+        scores = [self._sign * entry[self._name] for entry in state.log_history if self._name in entry]
+        if self._patience and rounds_since_best(scores) >= self._patience:
             control.should_training_stop = True
 
 

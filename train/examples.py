@@ -37,15 +37,32 @@ class Example:
         counted: ``(n,)`` bool, which tokens are predicted for the loss or the score.
         record: index of the record it comes from.
         guide: what the target thinks of it, if that is learnt from.
+        labels: what its units are worth to the target, of a labelled prompt.
     """
 
     ids: NDArray[np.int64]
     counted: NDArray[np.bool_]
     record: int
     guide: Guide | None = None
+    labels: UnitLabels | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UnitLabels:
+    """What some units of a labelled prompt are worth to the target.
+
+    Attributes:
+        ends: ``(u,)`` int32, place in the example of the last token of each.
+        values: ``(u,)`` float32, their utilities, standardised over all units of the prompt.
+        share: of the prompt's units, in (0, 1].
+    """
+
+    ends: NDArray[np.int32]
+    values: NDArray[np.float32]
+    share: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,19 +83,25 @@ class Guide:
     top_ids: NDArray[np.int32] | None = None
     top_logprobs: NDArray[np.float32] | None = None
 
-    def piece(self, part: slice) -> Guide:
-        """The opinion on some of the tokens; words that lose a token are left out."""
+    def piece(self, part: slice | NDArray[np.int64], own: NDArray[np.bool_] | None = None) -> Guide:
+        """The opinion on some of the tokens; words that lose a token are left out.
+
+        Args:
+            part: the tokens.
+            own: of them, those on which it is asked for; by default all.
+        """
         words = self.words[part]
+        words = words if own is None else np.where(own, words, NO_WORD)
         here, everywhere = (np.bincount(w[w >= 0], minlength=len(self.nats)) for w in (words, self.words))
         kept = np.flatnonzero((here > 0) & (here == everywhere))
         number = np.full(len(self.nats) + 1, NO_WORD, dtype=np.int32)  # the last stands for NO_WORD
         number[kept] = np.arange(len(kept))
-        return Guide(
-            words=number[words],
-            nats=self.nats[kept],
-            top_ids=None if self.top_ids is None else self.top_ids[part],
-            top_logprobs=None if self.top_logprobs is None else self.top_logprobs[part],
-        )
+        top_ids = None if self.top_ids is None else self.top_ids[part]
+        top_logprobs = None if self.top_logprobs is None else self.top_logprobs[part]
+        if own is not None and top_ids is not None and top_logprobs is not None:
+            top_ids = np.where(own[:, None], top_ids, np.int32(-1))
+            top_logprobs = np.where(own[:, None], top_logprobs, np.float32(-np.inf))
+        return Guide(words=number[words], nats=self.nats[kept], top_ids=top_ids, top_logprobs=top_logprobs)
 
     def after_start(self) -> Guide:
         """The same after one more token, on which there is no opinion."""
@@ -155,7 +178,11 @@ class Encoding:
 
 @dataclass(frozen=True)
 class EncodedRecords:
-    """Examples, how many records did not fit whole, and how many the target has no opinion on."""
+    """Examples, how many records did not fit whole, and how many the target has no opinion on.
+
+    Attributes:
+        unordered: labelled prompts whose units are all worth the same, which say nothing.
+    """
 
     examples: Sequence[Example]
     split: int
@@ -163,6 +190,7 @@ class EncodedRecords:
     tokens: int
     counted_tokens: int
     unguided: int = 0
+    unordered: int = 0
 
 
 def encode_records(records: Sequence[Record], encoding: Encoding, first: int = 0) -> EncodedRecords:

@@ -1,7 +1,8 @@
 """Held-out text of the target: how well a model predicts it, and how sure a difference is.
 
 Bits per byte, because it can be compared across tokenizers: total nats / ln 2 / total UTF-8 bytes of the scored text.
-Only the response is scored; the start and end tokens, which stand for no text, are not.
+Only the response is scored; the start and end tokens, which stand for no text, are not. Of labelled prompts it is the
+demonstrations.
 """
 
 from __future__ import annotations
@@ -16,12 +17,24 @@ import torch
 from numpy.typing import NDArray
 
 from terselm.data.records import Record, prompt_hash
+from terselm.data.utility import LabelledPrompt
 from terselm.errors import ConfigError
 from terselm.progress import Progress
-from terselm.statistics import CONFIDENCE, RESAMPLES, ratio
-from terselm.train.examples import EncodedRecords, render_record
-from terselm.train.packing import MODEL_INPUTS, collate, pack_examples
+from terselm.statistics import CONFIDENCE, RESAMPLES, Floats, ratio
+from terselm.train.examples import EncodedRecords, Example, render_record
+from terselm.train.labelled import documents_hash, plain_text
+from terselm.train.packing import MODEL_INPUTS, collate, pack_lengths
 from terselm.train.settings import Template
+from terselm.train.surprisals import Readings, surprisals_of
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """The prompt that a text belongs to, what of it is scored, and the whole."""
+
+    prompt: str
+    text: str
+    raw: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,17 +57,34 @@ class HeldOutText:
 
     @classmethod
     def of(cls, records: Sequence[Record], text: EncodedRecords) -> HeldOutText:
+        """Of records: their responses are scored."""
+        texts = [render_record(record, Template.RAW) for record in records]
+        scored = [
+            _Scored(prompt_hash(record.messages), record.response, text.prompt + text.response)
+            for record, text in zip(records, texts, strict=True)
+        ]
+        return cls._of(scored, text)
+
+    @classmethod
+    def of_labels(cls, labels: Sequence[LabelledPrompt], text: EncodedRecords) -> HeldOutText:
+        """Of labelled prompts: their demonstrations are scored, after the question."""
+        scored = [
+            _Scored(documents_hash(label), "".join(label.demonstrations), plain_text(label, question=False).response)
+            for label in labels
+        ]
+        return cls._of(scored, text)
+
+    @classmethod
+    def _of(cls, scored: Sequence[_Scored], text: EncodedRecords) -> HeldOutText:
         """Count tokens and bytes; a record that the encoding dropped counts for neither."""
         known: dict[str, int] = {}
-        prompt_of = np.array([known.setdefault(prompt_hash(r.messages), len(known)) for r in records], dtype=np.int64)
+        prompt_of = np.array([known.setdefault(each.prompt, len(known)) for each in scored], dtype=np.int64)
         tokens, text_bytes = np.zeros(len(known)), np.zeros(len(known))
         for example in text.examples:
             tokens[prompt_of[example.record]] += example.counted.sum()
         for record in {example.record for example in text.examples}:
-            text_bytes[prompt_of[record]] += len(records[record].response.encode())
-        plain = (render_record(record, Template.RAW) for record in records)
-        raw = tuple(text.prompt + text.response for text in plain)
-        return cls(text, prompt_of, tokens, text_bytes, raw)
+            text_bytes[prompt_of[record]] += len(scored[record].text.encode())
+        return cls(text, prompt_of, tokens, text_bytes, tuple(each.raw for each in scored))
 
     def halves(self, seed: int) -> tuple[HeldOutText, HeldOutText]:
         """Two parts by prompt: one to choose the best weights by, the other to report on.
@@ -90,7 +120,6 @@ class HeldOutText:
         return float(nats.sum() / math.log(2) / self.text_bytes.sum())
 
 
-@torch.no_grad()  # inference mode would leave tensors behind that a sharded model cannot train with
 def score_held_out(
     model: Any, held_out: HeldOutText, *, row_length: int, rows_per_pass: int, rank: int, processes: int
 ) -> NDArray[np.float64]:
@@ -107,33 +136,69 @@ def score_held_out(
     Returns:
         ``(prompts,)`` float64.
     """
-    model.eval()
     nats = np.zeros(len(held_out.tokens))
+    examples = held_out.text.examples
+    readings = read_examples(
+        model, examples, row_length=row_length, rows_per_pass=rows_per_pass, rank=rank, processes=processes
+    )
+    for place, part, _ in readings:
+        nats[held_out.prompt_of[examples[place].record]] += part.sum()
+    return gather_sums(nats, processes)
+
+
+@torch.no_grad()  # inference mode would leave tensors behind that a sharded model cannot train with
+def read_examples(
+    model: Any, examples: Sequence[Example], *, row_length: int, rows_per_pass: int, rank: int, processes: int
+) -> list[tuple[int, Floats, Floats]]:
+    """This process's share of some examples: place, nats of the counted tokens, scores of the units (if any).
+
+    Args:
+        model: as `give_surprisals` leaves it.
+        examples: what to read.
+        row_length: tokens in a packed row.
+        rows_per_pass: rows read at once by a process.
+        rank: of this process.
+        processes: how many there are.
+    """
+    model.eval()
     device = next(model.parameters()).device
     shape = (rows_per_pass, row_length) if device.type == "cuda" else None  # one shape to compile for
-    rows = pack_examples(held_out.text.examples, row_length)
+    rows = pack_lengths(list(map(len, examples)), row_length)
     passes = math.ceil(math.ceil(len(rows) / processes) / rows_per_pass)  # as many in each: sharded models need it
     own = rows[rank::processes]
     bar = Progress(passes, "scoring held-out text", "pass") if rank == 0 else None
+    found: list[tuple[int, Floats, Floats]] = []
     for index in range(passes):
         mine = own[index * rows_per_pass : (index + 1) * rows_per_pass]
-        batch = collate(mine or rows[:1], shape=shape)
-        surprisals = model(**{name: batch[name].to(device) for name in MODEL_INPUTS})
+        batch = collate([[examples[place] for place in row] for row in mine or rows[:1]], shape=shape)
+        output = model(**{name: batch[name].to(device) for name in MODEL_INPUTS})
         if bar is not None:
             bar.update()
         if not mine:
             continue  # it was for the others
-        examples = [example for row in mine for example in row]
-        counts = [int(example.counted.sum()) for example in examples]
-        for example, part in zip(examples, torch.split(surprisals.double().cpu(), counts), strict=True):
-            nats[held_out.prompt_of[example.record]] += part.sum().item()
+        places = [place for row in mine for place in row]
+        nats = surprisals_of(output).double().cpu()
+        scores = output.scores.double().cpu() if isinstance(output, Readings) else nats.new_zeros(0)
+        counts = [int(examples[place].counted.sum()) for place in places]
+        units = [_units(examples[place]) if len(scores) else 0 for place in places]
+        for place, part, values in zip(places, torch.split(nats, counts), torch.split(scores, units), strict=True):
+            found.append((place, part.numpy(), values.numpy()))
     if bar is not None:
         bar.close()
+    return found
+
+
+def gather_sums(values: Floats, processes: int) -> Floats:
+    """The sum over all processes, in each."""
     if processes == 1:
-        return nats
+        return values
     from accelerate.utils import gather_object
 
-    return np.asarray(np.sum(gather_object([nats]), axis=0))
+    return np.asarray(np.sum(gather_object([values]), axis=0))
+
+
+def _units(example: Example) -> int:
+    return 0 if example.labels is None else len(example.labels.ends)
 
 
 def compare_scores(

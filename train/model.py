@@ -13,8 +13,11 @@ from torch import Tensor
 from terselm.errors import CheckpointError, ConfigError, ModelError
 from terselm.extras import first_line
 from terselm.models import CausalLM, load_causal_lm, load_tokenizer, resolve
+from terselm.models.utility_head import UtilityHead
 from terselm.train.settings import AlignSettings, Initialisation, LoraSettings, TrainingMethod
+from terselm.train.surprisals import UTILITY_HEAD
 
+_FIRST_SCORES = 0.1  # standard deviation of a head's first scores, were the states' variances 1
 _FIRST = "terselm_first_values"  # attribute of a model whose base has lost them
 
 
@@ -38,13 +41,74 @@ def load_small_lm(settings: AlignSettings, device: torch.device, precision: torc
 
 def make_trainable(lm: Any, settings: AlignSettings) -> Any:
     """The model with what the method trains, and nothing else, asking for gradients."""
-    return lm.requires_grad_(True) if settings.method is TrainingMethod.FULL else add_adapter(lm, settings.lora)
+    model = lm.requires_grad_(True) if settings.method is TrainingMethod.FULL else add_adapter(lm, settings.lora)
+    if settings.objective.utility:
+        add_head(lm, settings.seed)
+    return model
+
+
+def add_head(lm: Any, seed: int) -> UtilityHead:
+    """Give a causal LM a head that scores units, in float32, as part of the model, so that all wrappers see it."""
+    head = UtilityHead(lm.config.get_text_config().hidden_size, seed=seed).to(lm.device)
+    with torch.no_grad():
+        head.weight.mul_(_FIRST_SCORES)
+    head.bias = torch.nn.Parameter(head.bias.detach().reshape(1))  # FSDP cannot share out a number
+    setattr(lm, UTILITY_HEAD, head)
+    return head
+
+
+def head_of(model: Any) -> UtilityHead | None:
+    """The head of a model, whatever is wrapped around it, if it has one."""
+    return next((module for module in model.modules() if isinstance(module, UtilityHead)), None)
+
+
+def save_head(folder: Path, weights: dict[str, Tensor], facts: dict[str, str]) -> None:
+    """Write a head as `UtilityHead.save` does.
+
+    Args:
+        folder: of an adapter, a model or a checkpoint.
+        weights: as `take_head` gives them.
+        facts: what it belongs to.
+    """
+    head = UtilityHead(len(weights["weight"]))
+    head.load_state_dict({"weight": weights["weight"], "bias": weights["bias"].reshape(())})
+    head.save(folder, facts)
+
+
+@torch.no_grad()
+def load_head(model: Any, folder: Path) -> None:
+    """Take a head's weights over from a checkpoint, into whatever part of them this process holds."""
+    head = head_of(model)
+    if head is None:
+        return
+    stored = UtilityHead.load(folder, head.weight.numel())
+    for name, weight in head.named_parameters():
+        value = getattr(stored, name).to(weight.device).reshape(weight.shape)
+        if hasattr(weight, "device_mesh"):
+            from torch.distributed.tensor import DTensor, distribute_tensor
+
+            assert isinstance(weight, DTensor)
+            value = distribute_tensor(value, weight.device_mesh, weight.placements)
+        weight.copy_(value)
+
+
+def take_head(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Trained weights without those of the head, and those."""
+    own = {name: weight for name, weight in weights.items() if f"{UTILITY_HEAD}." in name}
+    rest = {name: weight for name, weight in weights.items() if name not in own}
+    return rest, {name.rpartition(".")[2]: weight for name, weight in own.items()}
 
 
 def save_trained(
-    model: Any, folder: Path, *, settings: AlignSettings, tokenizer: Any, weights: dict[str, Tensor]
+    model: Any,
+    folder: Path,
+    *,
+    settings: AlignSettings,
+    tokenizer: Any,
+    weights: dict[str, Tensor],
+    facts: dict[str, str] | None = None,
 ) -> None:
-    """Write the adapter, or the whole model with its tokenizer.
+    """Write the adapter, or the whole model with its tokenizer; and the utility head, if there is one.
 
     Args:
         model: as `make_trainable` gave it.
@@ -52,7 +116,11 @@ def save_trained(
         settings: of the run.
         tokenizer: of the model.
         weights: as `gather_trained` gives them.
+        facts: what a utility head belongs to.
     """
+    weights, head = take_head(weights)
+    if head:
+        save_head(folder, head, facts or {})
     if settings.method is not TrainingMethod.FULL:
         save_adapter(model, folder, base=settings.model, weights=weights)
         return

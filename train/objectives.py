@@ -47,6 +47,7 @@ class Mixture:
             (settings.matching, SurprisalMatching(settings.turning_point, settings.near_threshold)),
             (settings.ranking, KeptWordRanking()),
             (settings.divergence, TailedDivergence()),
+            (settings.utility, UtilityOrder()),
         ]
         return cls([(weight, part) for weight, part in known if weight > 0])
 
@@ -68,7 +69,10 @@ class Mixture:
         """A scalar; ``units`` are the divisors of the whole step, an objective without any adds nothing."""
         parts = zip(self._weights, self._parts, units, strict=True)
         terms = [weight / count * part.total(surprisals, inputs) for weight, part, count in parts if count > 0]
-        return sum(terms, start=0.0 * surprisals.sum())
+        nothing = 0.0 * surprisals.sum()  # so that every trained weight has a gradient in every pass, as DDP wants it
+        if (scores := inputs.get("scores")) is not None:
+            nothing = nothing + 0.0 * scores.sum()
+        return sum(terms, start=nothing)
 
 
 class Objective(Protocol):
@@ -91,7 +95,8 @@ class Objective(Protocol):
 
         Args:
             surprisals: ``(n,)``, or ``(n, 1 + K)`` if an objective asks for other tokens besides: nats, float32.
-            inputs: as `inputs` made them.
+            inputs: as `inputs` made them; of a model with a utility head also ``scores``, ``(U,)`` float32, one for
+                each labelled unit.
         """
         ...
 
@@ -243,6 +248,50 @@ class TailedDivergence:
         rest_q = (1 - torch.where(known, log_q.exp(), torch.zeros_like(p)).sum(1)).clamp(min=_LEAST)
         rest = rest_p * (rest_p.log() - rest_q.log())
         return (terms.sum(1) + rest)[known.any(1)].sum()
+
+
+class UtilityOrder:
+    """Mean over labelled prompts of an order and a size: how the scores z of its units i follow their utilities u.
+
+    The order is the mean over pairs with u_i > u_j, weighted by u_i − u_j, of softplus(−(z_i − z_j)); the size the
+    mean over units of smooth-L1(z_i − u_i) with β = 1. Utilities are standardised in each prompt, so that scores mean
+    the same everywhere. Of a prompt that is read in windows, each counts by its share of the units.
+
+    Source: the pairwise logistic loss of RankNet (Burges et al., Learning to Rank using Gradient Descent, 2005), its
+    weights as in LambdaRank (Burges et al., Learning to Rank with Nonsmooth Cost Functions, 2006).
+    """
+
+    def reads(self, example: Example) -> NDArray[np.bool_]:
+        return np.zeros(len(example), dtype=np.bool_)
+
+    def units(self, example: Example) -> float:
+        return 0.0 if example.labels is None else example.labels.share
+
+    def inputs(self, examples: Sequence[Example], read: Read) -> dict[str, NDArray[np.generic]]:
+        """``unit_groups``: ``(G, W)`` places in the scores of a prompt's units, U for none; ``utilities``: ``(G, W)``
+        of them; ``shares``: ``(G,)`` of the prompt that each group is."""
+        labels = [example.labels for example in examples if example.labels is not None]
+        sizes = [len(each.values) for each in labels]
+        groups = np.full((len(labels), max(sizes, default=1)), sum(sizes), dtype=np.int64)
+        values = np.zeros(groups.shape, dtype=np.float32)
+        start = 0
+        for row, each in enumerate(labels):
+            groups[row, : sizes[row]] = start + np.arange(sizes[row])
+            values[row, : sizes[row]] = each.values
+            start += sizes[row]
+        shares = np.asarray([each.share for each in labels], dtype=np.float32)
+        return {"unit_groups": groups, "utilities": values, "shares": shares}
+
+    def total(self, surprisals: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        scores, groups, values = (inputs[name] for name in ("scores", "unit_groups", "utilities"))
+        known = groups < len(scores)  # (G, W)
+        found = functional.pad(scores, (0, 1))[groups]
+        pairs = (values[:, :, None] - values[:, None, :]).clamp(min=0) * (known[:, :, None] & known[:, None, :])
+        losses = functional.softplus(found[:, None, :] - found[:, :, None]) * pairs  # (G, W, W)
+        order = losses.sum((1, 2)) / pairs.sum((1, 2)).clamp(min=_LEAST)
+        errors = functional.smooth_l1_loss(found, values, reduction="none") * known
+        size = errors.sum(1) / known.sum(1).clamp(min=1)
+        return ((order + size) * inputs["shares"]).sum()
 
 
 def of_text(surprisals: Tensor) -> Tensor:

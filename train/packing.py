@@ -14,7 +14,7 @@ from torch import Tensor
 from terselm.train.examples import Example
 
 _FULL = 0.99  # of a row
-MODEL_INPUTS = ("input_ids", "position_ids", "at", "wanted", "cu_seqlens")
+MODEL_INPUTS = ("input_ids", "position_ids", "at", "wanted", "cu_seqlens", "unit_ends")
 
 Row = Sequence[Example]
 
@@ -111,7 +111,7 @@ def collate(
     Returns:
         ``input_ids``, ``position_ids``: ``(B, T)`` int64. ``cu_seqlens``: as `cu_seqlens` makes it. ``at``: ``(n,)``
         int64, the place before each token that is asked for, in the flattened rows. ``wanted``: ``(n,)`` int64, those
-        tokens.
+        tokens. ``unit_ends``: ``(U,)`` int64, the place of the last token of each labelled unit.
     """
     examples = [example for row in rows for example in row]
     masks = iter([example.counted for example in examples] if read is None else read)
@@ -119,7 +119,7 @@ def collate(
     height, width = shape or (len(rows), max(lengths))
     ids = np.full((height, width), pad_id, dtype=np.int64)
     positions = np.zeros((height, width), dtype=np.int64)
-    at, wanted = [], []
+    at, wanted, unit_ends = [], [], [np.zeros(0, dtype=np.int64)]
     for index, row in enumerate(rows):
         start = 0
         for example in row:
@@ -129,11 +129,14 @@ def collate(
             mask = next(masks)
             at.append(np.flatnonzero(mask) + index * width + start - 1)
             wanted.append(example.ids[mask])
+            if example.labels is not None:
+                unit_ends.append(example.labels.ends.astype(np.int64) + index * width + start)
             start = end
     for index, length in enumerate(lengths + [0] * (height - len(rows))):
         positions[index, length:] = np.arange(width - length)
     batch = {name: torch.from_numpy(array) for name, array in (("input_ids", ids), ("position_ids", positions))}
     batch["cu_seqlens"] = cu_seqlens(batch["position_ids"])
+    batch["unit_ends"] = torch.from_numpy(np.concatenate(unit_ends))
     return batch | {"at": torch.from_numpy(np.concatenate(at)), "wanted": torch.from_numpy(np.concatenate(wanted))}
 
 

@@ -28,6 +28,7 @@ _WHOLE = "whole.json"  # written into a checkpoint once every process has finish
 _FITTING = "rows_per_pass.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TRIAL_BYTES = 1 << 20
+_LATER = ("utility: 0.0", "question_dropped: 0.1", "head_learning_rate: 0.001", "metric: auto")
 ADAPTER = "adapter"
 MODEL = "model"
 
@@ -168,7 +169,12 @@ def finished_result(run: Path) -> Path:
 
 
 def run_key(config_yaml: str, data_sha256: str) -> str:
-    """What tells one run from another."""
+    """What tells one run from another.
+
+    Settings that came later count only where they are not their default, so that runs made before are still known.
+    """
+    for setting in _LATER:
+        config_yaml = config_yaml.replace(f"\n  {setting}\n", "\n")
     return hashlib.sha256(f"{config_yaml}\n{data_sha256}".encode()).hexdigest()
 
 

@@ -91,6 +91,19 @@ class Tracker(StrEnum):
     TRACKIO = "trackio"
 
 
+class Metric(StrEnum):
+    """What the best weights are chosen by."""
+
+    AUTO = "auto"
+    """``utility`` where that is trained, else ``bits_per_byte``."""
+    BITS_PER_BYTE = "bits_per_byte"
+    """How well held-out text is predicted."""
+    KEPT_OVERLAP = "kept_overlap"
+    """How many of the words that the target would keep the small LM keeps: the mean at 2, 5 and 10×."""
+    UTILITY = "utility"
+    """Rank correlation of the scores of units with their utility, in held-out labelled prompts."""
+
+
 class Schedule(StrEnum):
     """The learning rate after warm-up."""
 
@@ -104,8 +117,8 @@ class DataSettings:
     """What is learnt from, and what is held out.
 
     Attributes:
-        records: the target's output: a JSON Lines, Parquet, JSON or CSV file, a folder of a data set, or
-            ``hub:OWNER/NAME``.
+        records: the target's output, or prompts labelled with utilities: a JSON Lines, Parquet, JSON or CSV file, a
+            folder of a data set, or ``hub:OWNER/NAME``.
         mixture: in place of ``records``: sources, and how often an epoch sees each of their records. 2 is twice;
             0.5 is half of them, drawn once.
         max_length: tokens in a packed row, the start token of each record included.
@@ -176,8 +189,11 @@ class ObjectiveSettings:
         ranking: weight of ranking the words that the target would keep above those that it would drop.
         divergence: weight of the KL divergence from the target's likeliest tokens; small LM and target share a
             vocabulary.
+        utility: weight of ordering the units of labelled prompts by their utility for the target's answer.
+        question_dropped: share of the labelled prompts that are read without their question, so that units can be
+            scored without one, too.
         target: the target LLM if it can be loaded here (an alias, a folder or a hub id): it reads the texts before
-            training.
+            training. Labels have to be of this target, if it is named.
         log_probabilities: parquet file of the target's log-probabilities of the records' texts, where it cannot be
             loaded.
         top_k: likeliest tokens that ``divergence`` compares.
@@ -189,6 +205,8 @@ class ObjectiveSettings:
     matching: float = 0.0
     ranking: float = 0.0
     divergence: float = 0.0
+    utility: float = 0.0
+    question_dropped: float = 0.1
     target: str = ""
     log_probabilities: str = ""
     top_k: int = 32
@@ -196,7 +214,7 @@ class ObjectiveSettings:
     near_threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in ("nll", "matching", "ranking", "divergence")}
+        weights = {name: getattr(self, name) for name in ("nll", "matching", "ranking", "divergence", "utility")}
         asks = [f"objective.{name}" for name in ("matching", "ranking", "divergence") if weights[name] > 0]
         _refuse(
             *_out_of_bounds("objective.", self, **dict.fromkeys(weights, _FROM_0)),
@@ -207,6 +225,7 @@ class ObjectiveSettings:
                 "or objective.log_probabilities to a file of what it thinks",
             ),
             *_out_of_bounds("objective.", self, top_k=_FROM_1, turning_point=_ABOVE_0, near_threshold=_FROM_0),
+            *_out_of_bounds("objective.", self, question_dropped=_SHARE),
         )
 
     @property
@@ -224,6 +243,7 @@ class OptimisationSettings:
         rows_per_step: packed rows in one optimiser step, over all processes.
         rows_per_pass: packed rows that one process takes through the model at once.
         learning_rate: its peak.
+        head_learning_rate: the peak of the utility head's, which begins at zero.
         schedule: the learning rate after warm-up.
         warmup: share of the steps in which the learning rate rises to its peak, in [0, 1].
         weight_decay: AdamW's, per unit of learning rate.
@@ -234,6 +254,7 @@ class OptimisationSettings:
     rows_per_step: int = 8
     rows_per_pass: int = 1
     learning_rate: float = 2e-4
+    head_learning_rate: float = 1e-3
     schedule: Schedule = Schedule.COSINE
     warmup: float = 0.05
     weight_decay: float = 0.0
@@ -243,6 +264,7 @@ class OptimisationSettings:
         _refuse(
             *_out_of_bounds("optimisation.", self, epochs=_ABOVE_0, rows_per_step=_FROM_1, rows_per_pass=_FROM_1),
             *_out_of_bounds("optimisation.", self, learning_rate=_BELOW_1, warmup=_SHARE),
+            *_out_of_bounds("optimisation.", self, head_learning_rate=_BELOW_1),
             *_out_of_bounds("optimisation.", self, weight_decay=_FROM_0, max_grad_norm=_FROM_0),
         )
 
@@ -271,12 +293,14 @@ class EvaluationSettings:
         rows_per_pass: packed rows that one process scores at once.
         every: optimiser steps between two scorings that choose the best weights; 0 keeps the last. Half of the
             held-out prompts then choose, and only the other half is reported on.
+        metric: what they choose by.
         patience: scorings in a row without a new best after which training ends; 0 never ends early.
     """
 
     held_out: float = 0.1
     rows_per_pass: int = 4
     every: int = 0
+    metric: Metric = Metric.AUTO
     patience: int = 0
 
     def __post_init__(self) -> None:
@@ -349,8 +373,25 @@ class AlignSettings:
                 f"lora.initialisation={self.lora.initialisation} decomposes weights, which method=qlora rounds to 4 "
                 "bits; choose zero, gaussian or orthogonal",
             ),
+            (
+                self.evaluation.metric is Metric.KEPT_OVERLAP and not self.objective.compares,
+                "evaluation.metric=kept_overlap compares with the target; give objective.matching, ranking or "
+                "divergence a weight, or choose another metric",
+            ),
+            (
+                self.evaluation.metric is Metric.UTILITY and not self.objective.utility,
+                "evaluation.metric=utility needs scores of units; give objective.utility a weight, or choose another "
+                "metric",
+            ),
             *_out_of_bounds("", self, seed=_FROM_0, log_every=_FROM_1, save_every=_FROM_1),
         )
+
+    @property
+    def metric(self) -> Metric:
+        """What the best weights are chosen by."""
+        if self.evaluation.metric is not Metric.AUTO:
+            return self.evaluation.metric
+        return Metric.UTILITY if self.objective.utility else Metric.BITS_PER_BYTE
 
 
 def _out_of_bounds(prefix: str, settings: object, **bounds: _Bound) -> Iterator[tuple[bool, str]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +21,28 @@ from terselm.models.reading import LogitTransform, logit_transform, probe_ids, s
 from terselm.train.attention import VARLEN_ATTENTION, UnsupportedAttentionError, attention_candidates
 from terselm.train.packing import cu_seqlens as example_starts
 
+UTILITY_HEAD = "utility_head"  # the module of a model that scores units
 _LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}
+
+
+class Readings(NamedTuple):
+    """What a model with a utility head gives.
+
+    Attributes:
+        surprisals: as without the head.
+        scores: ``(U,)`` float32, of the units that end at ``unit_ends``.
+    """
+
+    surprisals: Tensor
+    scores: Tensor
 
 
 def give_surprisals(lm: Any, *, autocast: torch.dtype | None) -> None:
     """Make a transformers causal LM return surprisals, in nats, instead of logits.
 
     Afterwards it is called with what `packing.collate` makes, `packing.MODEL_INPUTS`, and gives the surprisals of the
-    tokens that are asked for, float32, in the shape of ``wanted``. It is done inside ``forward`` because wrappers such
-    as DDP act on that alone.
+    tokens that are asked for, float32, in the shape of ``wanted``; as `Readings`, with the scores of units, once it has
+    a head (`model.add_head`). It is done inside ``forward`` because wrappers such as DDP act on that alone.
 
     Args:
         lm: changed in place.
@@ -41,16 +54,32 @@ def give_surprisals(lm: Any, *, autocast: torch.dtype | None) -> None:
     """
 
     def forward(
-        input_ids: Tensor, position_ids: Tensor, at: Tensor, wanted: Tensor, cu_seqlens: Tensor, **_: Any
-    ) -> Tensor:
-        """``at`` ``(n,)``: places in the flattened rows; ``wanted`` ``(n,)`` or ``(n, K)``: tokens after them."""
+        input_ids: Tensor,
+        position_ids: Tensor,
+        at: Tensor,
+        wanted: Tensor,
+        cu_seqlens: Tensor,
+        unit_ends: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor | Readings:
+        """``at`` ``(n,)``: places in the flattened rows; ``wanted`` ``(n,)`` or ``(n, K)``: tokens after them;
+        ``unit_ends`` ``(U,)``: places of units' last tokens."""
         with _products_in(autocast, input_ids.device):
-            hidden = _last_states(lm, input_ids, position_ids, cu_seqlens)
-            return surprisals(lm, hidden.flatten(0, 1)[at], wanted, transform)
+            hidden = _last_states(lm, input_ids, position_ids, cu_seqlens).flatten(0, 1)
+            nats = surprisals(lm, hidden[at], wanted, transform)
+        head = getattr(lm, UTILITY_HEAD, None)
+        if head is None or unit_ends is None:
+            return nats
+        return Readings(nats, head(hidden[unit_ends]))
 
     transform = logit_transform(lm)
     _choose_attention(lm, forward, autocast)
     lm.forward = forward
+
+
+def surprisals_of(output: Tensor | Readings) -> Tensor:
+    """What a model gives, without the scores of units."""
+    return output.surprisals if isinstance(output, Readings) else output
 
 
 def surprisals(lm: Any, hidden: Tensor, wanted: Tensor, transform: LogitTransform) -> Tensor:
@@ -95,7 +124,7 @@ def _last_states(lm: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlens: T
 
 
 @torch.no_grad()
-def _choose_attention(lm: Any, forward: Callable[..., Tensor], autocast: torch.dtype | None) -> None:
+def _choose_attention(lm: Any, forward: Callable[..., Tensor | Readings], autocast: torch.dtype | None) -> None:
     """The fastest attention that keeps packed examples apart: of one text twice in a row, each like the text alone."""
     ids = probe_ids(lm)
     with _products_in(autocast, lm.device):
@@ -114,7 +143,7 @@ def _choose_attention(lm: Any, forward: Callable[..., Tensor], autocast: torch.d
     for implementation in attention_candidates(lm):
         lm.set_attn_implementation(implementation)
         try:
-            nats = forward(**packed)
+            nats = surprisals_of(forward(**packed))
         except UnsupportedAttentionError:
             continue
         if exact and torch.allclose(nats, expected, atol=0.01, rtol=0.01):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from terselm.extras import first_line
 from terselm.models import ALIASES, CausalLM, load_causal_lm, resolve
 from terselm.train.examples import EncodedRecords, Encoding, GuidanceSource
 from terselm.train.held_out import HeldOutText
+from terselm.train.held_out_labels import HeldOutLabels
+from terselm.train.labelled import holds_labels
 from terselm.train.packing import Row, pack_lengths
 from terselm.train.provenance import file_sha256, folder_sha256
 from terselm.train.settings import AlignSettings, DataSettings, ObjectiveSettings, Template
-from terselm.train.text_cache import RecordSource, StoredRow, TextRequest, tokenised
+from terselm.train.text_cache import RecordSource, StoredRow, TextRequest, TokenisedTexts, tokenised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class Texts:
         rows: of an epoch; each holds at most ``row_length`` tokens.
         tokens: of an epoch.
         counted_tokens: of an epoch.
+        labels: held-out labelled prompts.
+        label_targets: the models whose answers are labelled.
     """
 
     records: int
@@ -46,6 +50,8 @@ class Texts:
     tokens: int
     counted_tokens: int
     held_out: HeldOutText
+    labels: HeldOutLabels
+    label_targets: list[str]
 
     def describe(self) -> dict[str, Any]:
         """Counts for the log and the metrics; nothing that was cut or left out goes unsaid."""
@@ -59,6 +65,7 @@ class Texts:
             "overlong_split": self.training.split + self.held_out.text.split,
             "overlong_dropped": self.training.dropped + self.held_out.text.dropped,
             "without_opinion": self.training.unguided,
+            **({"without_order": self.training.unordered} if self.training.unordered else {}),
         }
 
 
@@ -82,9 +89,13 @@ def prepare_texts(settings: AlignSettings, lm: CausalLM, sources: list[RecordSou
     sources = sources or read_sources(settings.data)
     request = _request(settings, lm, sources)
     cached = tokenised(request)
-    refuse_empty_side(cached.records, len(cached.held_out_records), settings.evaluation.held_out, seed)
+    _refuse_labels(settings.objective, cached)
+    held_out_records = len(cached.held_out_records) + len(cached.held_out_labels)
+    refuse_empty_side(cached.records, held_out_records, settings.evaluation.held_out, seed)
     places = examples_of_epoch(cached.sizes, sources, seed)
-    for records, encoded in ((cached.records, places), (len(cached.held_out_records), cached.held_out.examples)):
+    labels = HeldOutLabels.of(cached.held_out_labels, request.encoding)
+    held_out = _held_out_text(cached, labels)
+    for records, encoded in ((cached.records, places), (held_out_records, held_out.text.examples)):
         if not len(encoded):
             raise ConfigError(
                 f"none of {records} records has a token to count in rows of {row_length} tokens; raise "
@@ -105,8 +116,53 @@ def prepare_texts(settings: AlignSettings, lm: CausalLM, sources: list[RecordSou
         row_length=row_length,
         tokens=int(lengths.sum()),
         counted_tokens=int(cached.store.counted[places].sum()),
-        held_out=HeldOutText.of(cached.held_out_records, cached.held_out),
+        held_out=held_out,
+        labels=labels,
+        label_targets=cached.label_targets,
     )
+
+
+def _held_out_text(cached: TokenisedTexts, labels: HeldOutLabels) -> HeldOutText:
+    """Responses of records; where all that is held out are labelled prompts, their demonstrations."""
+    if cached.held_out_records or not len(labels):
+        return HeldOutText.of(cached.held_out_records, cached.held_out)
+    examples = [replace(example, record=number) for example, number, _ in labels.windows()]
+    counted = sum(int(example.counted.sum()) for example in examples)
+    tokens = sum(map(len, examples))
+    text = EncodedRecords(examples=examples, split=0, dropped=0, tokens=tokens, counted_tokens=counted)
+    return HeldOutText.of_labels(labels.labels, text)
+
+
+def _refuse_labels(objective: ObjectiveSettings, cached: TokenisedTexts) -> None:
+    """Refuse a run that would learn utilities without any, or those of another target.
+
+    Raises:
+        ConfigError: it would.
+    """
+    if not objective.utility:
+        return
+    if not cached.label_targets:
+        raise ConfigError(
+            "objective.utility learns from labelled prompts, and data.records holds none; make some with terselm "
+            "collect --utility, or set objective.utility=0"
+        )
+    others = [target for target in cached.label_targets if not _is_same_model(target, objective.target)]
+    if objective.target and others:
+        raise ConfigError(
+            f"the labels are of {', '.join(map(repr, others))}, but objective.target is {objective.target!r}; make "
+            "labels of that target, or leave objective.target empty"
+        )
+    if not cached.labelled_examples:
+        raise ConfigError(
+            f"none of the labelled prompts that are trained on can be used: {cached.training.unordered} have units "
+            f"that are all worth the same, {cached.training.dropped} a question longer than half a row or, with "
+            "data.overlong=drop, more text than one row; make other labels or raise data.max_length"
+        )
+
+
+def _is_same_model(one: str, other: str) -> bool:
+    """By its name; the folder that holds it may have moved."""
+    return Path(one).name == Path(other).name
 
 
 def _request(settings: AlignSettings, lm: CausalLM, sources: list[RecordSource]) -> TextRequest:
@@ -130,6 +186,7 @@ def _request(settings: AlignSettings, lm: CausalLM, sources: list[RecordSource])
         held_out=settings.evaluation.held_out,
         seed=settings.seed,
         encoding=encoding,
+        question_dropped=settings.objective.question_dropped,
         target=_describe_target(settings.objective, lm),
         make_guidance=lambda: _load_guidance(settings.objective, lm),
     )
@@ -170,7 +227,10 @@ def read_sources(settings: DataSettings) -> list[RecordSource]:
         DataFormatError: a file cannot be read.
     """
     mixture = settings.mixture or {settings.records: 1.0}
-    return [RecordSource(name=name, times=times, fingerprint=_content(name)) for name, times in mixture.items()]
+    return [
+        RecordSource(name=name, times=times, fingerprint=_content(name), labelled=holds_labels(name))
+        for name, times in mixture.items()
+    ]
 
 
 def combined_fingerprint(sources: list[RecordSource]) -> str:

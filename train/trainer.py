@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,20 @@ from transformers.trainer_callback import PrinterCallback
 
 from terselm.errors import ConfigError
 from terselm.train.callbacks import (
-    MEASURE,
     BestWeights,
     FiniteWeights,
     TrainingProgress,
     WholeCheckpoints,
+    logged_as,
     tracker_callbacks,
 )
 from terselm.train.hardware import flops_per_token, peak_flops
+from terselm.train.model import gather_trained, head_of, load_head, save_head
 from terselm.train.objectives import Mixture
 from terselm.train.packing import MODEL_INPUTS, Row, collate
 from terselm.train.run_folder import RunFolder, clear_disk_errors
-from terselm.train.settings import AlignSettings
+from terselm.train.settings import AlignSettings, Metric
+from terselm.train.surprisals import Readings, surprisals_of
 
 
 class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
@@ -45,12 +48,14 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         self.progress = TrainingProgress()
         self._objective = Mixture.of(settings.objective)
         self._counts = StepCounts.of(schedule, settings.optimisation.rows_per_step, self._objective)
-        self.choose_by: Callable[[], float] | None = None  # bits per byte of the text that chooses the best weights
+        self.choose_by: Callable[[], float] | None = None  # the score of the text that chooses the best weights
+        self._measure = logged_as(settings.metric)
+        self._head_learning_rate = settings.optimisation.head_learning_rate
         self._folder = folder
         self._finite = FiniteWeights(self, folder)
         watchers = [self.progress, WholeCheckpoints(self, folder)]
         if settings.evaluation.every:
-            watchers.append(BestWeights(settings.evaluation, settings.save_every))
+            watchers.append(BestWeights(settings))
         super().__init__(
             model=model,
             args=arguments,
@@ -80,9 +85,26 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """This pass's share of the step's loss; times the processes, over which DDP takes the mean."""
-        surprisals = model(**{name: inputs[name] for name in MODEL_INPUTS})
-        loss = self._objective.loss(surprisals, inputs, num_items_in_batch) * self.accelerator.num_processes
-        return (loss, surprisals) if return_outputs else loss
+        output = model(**{name: inputs[name] for name in MODEL_INPUTS})
+        if isinstance(output, Readings):
+            inputs = {**inputs, "scores": output.scores}
+        loss = self._objective.loss(surprisals_of(output), inputs, num_items_in_batch)
+        loss = loss * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The Trainer's, where the head has a learning rate of its own."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        head = head_of(self.model if model is None else model)
+        if made and head is not None:
+            own = {id(weight) for weight in head.parameters()}
+            for group in optimizer.param_groups:
+                group["params"] = [weight for weight in group["params"] if id(weight) not in own]
+            optimizer.add_param_group(
+                {"params": list(head.parameters()), "lr": self._head_learning_rate, "weight_decay": 0.0}
+            )
+        return optimizer
 
     def divisors(self, rows: Sequence[Row]) -> list[float]:
         """What the losses of a step of these rows alone are divided by."""
@@ -98,10 +120,10 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         return loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Bits per byte of the held-out text that chooses the best weights."""
+        """The score of the held-out text that chooses the best weights."""
         if self.choose_by is None:
             raise RuntimeError("no text was set apart to choose the best weights by")
-        metrics = {MEASURE: self.choose_by()}
+        metrics = {self._measure: self.choose_by()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -122,6 +144,20 @@ class AlignmentTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         consequence = f"the checkpoint of step {kept} is kept" if kept else "there is no earlier checkpoint"
         with clear_disk_errors(self._folder.checkpoints, consequence):
             super()._save_checkpoint(model, trial)
+            if (head := head_of(self.model)) is not None:
+                weights = gather_trained(head, keep=self.args.should_save)
+                if self.args.should_save:
+                    folder = self._folder.checkpoints / f"checkpoint-{self.state.global_step}"
+                    save_head(folder, weights, {})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_head(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if not self.is_deepspeed_enabled:  # whose checkpoints hold all that is trained
+            load_head(self.model, Path(self.state.best_model_checkpoint))
 
 
 def schedule_rows(rows: Sequence[Row], settings: AlignSettings) -> list[Row]:
@@ -177,8 +213,8 @@ def training_arguments(settings: AlignSettings, folder: RunFolder, *, rows: int,
         eval_strategy="steps" if every else "no",
         eval_steps=every or None,
         load_best_model_at_end=bool(every),
-        metric_for_best_model=MEASURE if every else None,
-        greater_is_better=False,
+        metric_for_best_model=logged_as(settings.metric) if every else None,
+        greater_is_better=settings.metric is not Metric.BITS_PER_BYTE,
         save_steps=every or settings.save_every,  # the Trainer saves where it evaluates; `BestWeights` adds save_every
         save_total_limit=3,  # the last one may be torn, and the best is one of them
         seed=settings.seed,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from terselm.errors import ConfigError
-from terselm.train.examples import NO_WORD, Example, Guide
+from terselm.train.examples import NO_WORD, Example, Guide, UnitLabels
 from terselm.train.objectives import Mixture
 from terselm.train.settings import ObjectiveSettings
 from terselm.train.trainer import Collator, StepCounts
@@ -191,9 +191,76 @@ def test_examples_without_an_opinion_count_for_the_likelihood_alone() -> None:
     assert float(objective.loss(torch.tensor([1.0, 2.0, 3.0]), batch, units.tolist())) == 2.0
 
 
+def labelled(ends: list[int], values: list[float], share: float = 1.0) -> Example:
+    labels = UnitLabels(ends=np.array(ends, np.int32), values=np.array(values, np.float32), share=share)
+    return Example(np.arange(12), np.zeros(12, dtype=np.bool_), 0, None, labels)
+
+
+def utility_loss(rows: list[list[Example]], scores: Tensor, units: list[float]) -> Tensor:
+    objective = Mixture.of(ObjectiveSettings(nll=0.0, utility=1.0))
+    batch = Collator(objective=objective, width=40)(rows)
+    return objective.loss(torch.zeros(0), {**batch, "scores": scores}, units)
+
+
+def test_the_utility_of_three_units_by_hand() -> None:
+    """u = (1, 0, −1), z = (0, 0.5, 0): pairs (1, 2), (2, 3) of weight 1, (1, 3) of weight 2."""
+    softplus = lambda x: math.log1p(math.exp(x))  # noqa: E731
+    order = (softplus(0.5) + softplus(-0.5) + 2 * softplus(0.0)) / 4
+    size = (0.5 + 0.125 + 0.5) / 3
+    found = utility_loss([[labelled([3, 6, 9], [1.0, 0.0, -1.0])]], torch.tensor([0.0, 0.5, 0.0]), [1.0])
+    assert float(found) == pytest.approx(order + size)
+
+
+def test_utilities_equal_a_reference_over_pairs() -> None:
+    """Prompts of different sizes in different rows, a window of half of a prompt, a single unit, a text without."""
+    draw = np.random.default_rng(0)
+    sizes, shares = [4, 1, 7, 2], [1.0, 0.5, 0.5, 1.0]
+    examples = [
+        labelled(list(range(1, n + 1)), draw.normal(size=n).tolist(), s) for n, s in zip(sizes, shares, strict=True)
+    ]
+    plain = Example(np.arange(6), np.zeros(6, dtype=np.bool_), 0)
+    rows = [[examples[0], plain, examples[1]], [plain], [examples[2], examples[3]]]
+    scores = torch.tensor(draw.normal(size=sum(sizes)), dtype=torch.float32, requires_grad=True)
+    expected = torch.zeros((), dtype=torch.float64)
+    parts = scores.double().split(sizes)
+    for example, z in zip(examples, parts, strict=True):
+        assert example.labels is not None
+        u = example.labels.values.astype(float)
+        weights = {(i, j): u[i] - u[j] for i in range(len(u)) for j in range(len(u)) if u[i] > u[j]}
+        loss = sum(
+            ((z[i] - u[i]).abs() - 0.5) if abs(float(z[i] - u[i])) >= 1 else (z[i] - u[i]) ** 2 / 2
+            for i in range(len(u))
+        )
+        loss = loss / len(u)
+        if weights:
+            terms = [w * torch.log1p(torch.exp(z[j] - z[i])) for (i, j), w in weights.items()]
+            loss = loss + sum(terms) / sum(weights.values())
+        expected = expected + example.labels.share * loss
+    expected = expected / 3
+    units = StepCounts.of(rows, rows_per_step=3, objective=Mixture.of(ObjectiveSettings(nll=0, utility=1))).units[0]
+    assert units.tolist() == [3.0]
+    loss = utility_loss(rows, scores, units.tolist())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, scores)[0], torch.autograd.grad(expected, scores)[0], atol=1e-6, rtol=1e-4
+    )
+
+
+def test_a_pass_without_labelled_prompts_still_gives_the_head_a_gradient() -> None:
+    """As processes that wait for each other's gradients need it."""
+    scores = torch.zeros(0, requires_grad=True)
+    plain = Example(np.arange(6), np.zeros(6, dtype=np.bool_), 0)
+    loss = utility_loss([[plain]], scores, [3.0])
+    assert loss.item() == 0.0
+    (gradient,) = torch.autograd.grad(loss, scores)
+    assert gradient.shape == (0,)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"utility": -1.0}, "objective.utility is -1.0; expected at least 0"),
+        ({"question_dropped": 2.0}, r"objective.question_dropped is 2.0; expected a share in \[0, 1\]"),
         ({"nll": 0.0}, "all weights of objective are 0"),
         ({"matching": 1.0}, "objective.matching compares with the target; set objective.target"),
         ({"ranking": 1.0, "target": "a", "log_probabilities": "b"}, "objective.ranking compares with the target"),

@@ -38,6 +38,15 @@ SHORT_LABELS = {
 }
 
 
+RANKERS = {"score": "the trained head", "surprisal": "surprisal before", "bm25": "BM25"}
+UTILITY_LABELS = {
+    "spearman": "rank correlation with utility",
+    "best_first": "best unit ranked first",
+    "best_in_10": "best unit in the first 10% of tokens",
+    "best_in_25": "best unit in the first 25% of tokens",
+}
+
+
 class Verdict(StrEnum):
     """What an interval says of a difference."""
 
@@ -158,7 +167,7 @@ def summary(report: dict[str, Any]) -> str:
     bits = report["bits_per_byte"]
     lines += [
         "",
-        f"Bits per byte: {bits['records']} held-out responses to {bits['prompts']} prompts. Intervals: paired "
+        f"Bits per byte: {bits['records']} held-out texts of {bits['prompts']} prompts. Intervals: paired "
         "bootstrap over prompts.",
     ]
     if words is not None:
@@ -167,7 +176,38 @@ def summary(report: dict[str, Any]) -> str:
             "Rank correlation is Spearman's, the mean over texts. Words in common: of the words that the small LM "
             "would keep, the share that the target itself would keep, if each kept its most surprising ones."
         )
+    if (utility := report.get("utility")) is not None:
+        lines += ["", *utility_table(utility)]
     return "\n".join(lines)
+
+
+def utility_table(utility: dict[str, Any]) -> list[str]:
+    """Markdown: how well each ranker follows the utilities of units, as `compare_rankers` found it."""
+    lines = [
+        f"| units ranked by | {' | '.join(UTILITY_LABELS.values())} |",
+        "|---|" + "---|" * len(UTILITY_LABELS),
+    ]
+    for name, values in utility["rankers"].items():
+        cells = [
+            f"{values[measure]['value']:.3f} ({values[measure]['interval'][0]:.3f} to "
+            f"{values[measure]['interval'][1]:.3f})"
+            for measure in UTILITY_LABELS
+        ]
+        lines.append(f"| {RANKERS[name]} | {' | '.join(cells)} |")
+    for name, values in utility["score_over"].items():
+        low, high = values["spearman"]["interval"]
+        verdict = verdict_on((low, high), higher_is_better=True)
+        lines += [
+            "",
+            f"The head's rank correlation over that of {RANKERS[name]}: {values['spearman']['value']:+.3f} "
+            f"({low:+.3f} to {high:+.3f}), {verdict.value}.",
+        ]
+    lines += [
+        "",
+        f"Units: {utility['units']:,} of {utility['prompts']} held-out labelled prompts, by their utility for "
+        f"the answers of {', '.join(f'`{target}`' for target in utility['targets'])}. Means over prompts with 95% intervals.",
+    ]
+    return lines
 
 
 def _row(name: str, measure: dict[str, Any]) -> str:

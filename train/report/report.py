@@ -23,7 +23,15 @@ from terselm.models.scoring import RowScorer, Window
 from terselm.progress import say
 from terselm.statistics import Floats, word_spans, word_surprisals
 from terselm.train.provenance import describe_hardware, describe_versions, read_json
-from terselm.train.report.measures import LEAST_WORDS, SHORT_LABELS, compare_words, sentence, verdict_on
+from terselm.train.report.measures import (
+    LEAST_WORDS,
+    RANKERS,
+    SHORT_LABELS,
+    UTILITY_LABELS,
+    compare_words,
+    sentence,
+    verdict_on,
+)
 from terselm.train.run_folder import ADAPTER, MODEL, clear_disk_errors
 from terselm.train.settings import AlignSettings
 
@@ -49,8 +57,8 @@ class ReportOptions:
 
 
 def report_target(settings: AlignSettings) -> str | None:
-    """The local target that a run's report compares with, if there is one."""
-    return settings.report.target or settings.objective.target or None
+    """The local target that a run's report compares with, if there is one; one that only labels are of need not be."""
+    return settings.report.target or (settings.objective.target if settings.objective.compares else "") or None
 
 
 def write_alignment_report(run: Path, measurement: ReportOptions) -> dict[str, Any]:
@@ -70,6 +78,7 @@ def write_alignment_report(run: Path, measurement: ReportOptions) -> dict[str, A
         "target": target,
         "bits_per_byte": _bits_per_byte(metrics),
         "words": None,
+        "utility": metrics.get("utility"),
         "training": {name: metrics["training"][name] for name in ("steps", "tokens_seen")},
     }
     if target is not None:
@@ -196,14 +205,14 @@ def _draw_page(report: dict[str, Any], loss_history: list[dict[str, Any]], path:
     """Bits per byte, the loss by tokens and, with a target, the words; appears whole or not at all."""
     from matplotlib.figure import Figure  # without pyplot: no display, no state
 
-    rows = 1 if report["words"] is None else 2
+    rows = 1 + (report["words"] is not None) + (report["utility"] is not None)
     figure = Figure(figsize=(10, 4 * rows + 0.8), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False)
     bits, losses = axes[0]
     measure = report["bits_per_byte"]
     bars = bits.bar(["before", "after"], [measure["before"], measure["after"]], color=[_BEFORE, _AFTER], width=0.6)
     bits.bar_label(bars, fmt="%.3f", padding=2)
-    bits.set_ylabel("bits per byte of held-out responses")
+    bits.set_ylabel("bits per byte of held-out text")
     bits.set_title(sentence("bits_per_byte", measure), fontsize=9)
     losses.plot([entry["tokens"] for entry in loss_history], [entry["loss"] for entry in loss_history], color=_AFTER)
     losses.set_xlabel("training tokens")
@@ -211,6 +220,9 @@ def _draw_page(report: dict[str, Any], loss_history: list[dict[str, Any]], path:
     if report["words"] is not None:
         _plot_before_and_after(axes[1][0], report["words"]["measures"])
         _plot_gap_closed(axes[1][1], report["words"]["measures"])
+    if report["utility"] is not None:
+        _plot_rankers(axes[-1][0], report["utility"], ("spearman",))
+        _plot_rankers(axes[-1][1], report["utility"], ("best_first", "best_in_10", "best_in_25"))
     for each in axes.flat:
         each.spines[["top", "right"]].set_visible(False)
     towards = f" towards {report['target']}" if report["target"] else ""
@@ -228,6 +240,26 @@ def _plot_before_and_after(axes: Any, measures: dict[str, Any]) -> None:
         axes.scatter(measure["after"], row, color=_AFTER, zorder=3, label="after" if not row else None)
     axes.set_yticks(range(len(names)), [SHORT_LABELS[name] for name in names])
     axes.set_xlabel("agreement with the target (1 is the target itself)")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _plot_rankers(axes: Any, utility: dict[str, Any], measures: Sequence[str]) -> None:
+    """A bar with its interval for each measure and ranker."""
+    rankers = utility["rankers"]
+    height = 0.8 / len(rankers)
+    for number, (ranker, color) in enumerate(zip(rankers, (_AFTER, _BEFORE, _INK), strict=False)):
+        values = [rankers[ranker][measure]["value"] for measure in measures]
+        intervals = [rankers[ranker][measure]["interval"] for measure in measures]
+        ends = [
+            [max(0.0, value - low) for value, (low, _) in zip(values, intervals, strict=True)],
+            [max(0.0, high - value) for value, (_, high) in zip(values, intervals, strict=True)],
+        ]
+        places = [row + (number - (len(rankers) - 1) / 2) * height for row in range(len(measures))]
+        axes.barh(places, values, xerr=ends, height=0.9 * height, color=color, capsize=2, label=RANKERS[ranker])
+    axes.set_yticks(range(len(measures)), [UTILITY_LABELS[measure] for measure in measures])
+    axes.invert_yaxis()
+    axes.axvline(0, color=_INK, linewidth=0.8)
+    axes.set_xlabel(f"mean over {utility['prompts']} held-out labelled prompts (95% interval)")
     axes.legend(frameon=False, fontsize=8)
 
 
