@@ -23,7 +23,7 @@ from terselm.progress import say
 from terselm.train.callbacks import logged_as
 from terselm.train.fitting import DryRunEstimate, fewer_rows, find_fitting, is_out_of_memory
 from terselm.train.hardware import apply_engine, join_processes, pick_precision, quieten_libraries, share_out_cores
-from terselm.train.held_out import HeldOutText, compare_scores, score_held_out
+from terselm.train.held_out import HeldOutText, compare_scores, kept_overlap_with_target, score_held_out
 from terselm.train.held_out_labels import (
     HeldOutLabels,
     UnitReadings,
@@ -254,7 +254,9 @@ class AlignmentRun:
         """Let the trainer choose the best weights by the held-out text that was set apart for it."""
         if self.settings.metric is Metric.UTILITY and (labels := self.choosing_labels) is not None:
             self.trainer.choose_by = lambda: rank_correlation(labels, self.read_units(labels).scores)
-        elif (chosen := self.choosing) is not None:
+        elif (chosen := self.choosing) is not None and self.settings.metric is Metric.KEPT_OVERLAP:
+            self.trainer.choose_by = lambda: kept_overlap_with_target(self.model, chosen, **self._passes())
+        elif chosen is not None:
             self.trainer.choose_by = lambda: chosen.bits_per_byte(self.score(chosen))
 
     @property
@@ -277,14 +279,7 @@ class AlignmentRun:
         Raises:
             ModelError: they are not finite.
         """
-        nats = score_held_out(
-            self.model,
-            held_out,
-            row_length=self.texts.row_length,
-            rows_per_pass=self.settings.evaluation.rows_per_pass,
-            rank=self.state.process_index,
-            processes=self.state.num_processes,
-        )
+        nats = score_held_out(self.model, held_out, **self._passes())
         if not np.isfinite(nats).all():
             raise ModelError(
                 f"{self.settings.model!r} gives held-out text a probability of zero or NaN; its weights may be "
@@ -299,14 +294,16 @@ class AlignmentRun:
 
     def read_units(self, labels: HeldOutLabels) -> UnitReadings:
         """Scores and surprisals of the units of held-out labelled prompts."""
-        return read_units(
-            self.model,
-            labels,
-            row_length=self.texts.row_length,
-            rows_per_pass=self.settings.evaluation.rows_per_pass,
-            rank=self.state.process_index,
-            processes=self.state.num_processes,
-        )
+        return read_units(self.model, labels, **self._passes())
+
+    def _passes(self) -> dict[str, int]:
+        """How held-out text is read, and by which process."""
+        return {
+            "row_length": self.texts.row_length,
+            "rows_per_pass": self.settings.evaluation.rows_per_pass,
+            "rank": self.state.process_index,
+            "processes": self.state.num_processes,
+        }
 
     def head_facts(self) -> dict[str, str]:
         """What a utility head belongs to, and what it is for."""
