@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ print(compressor.compress(instruction="…", demonstrations=["…"], question="�
 ```
 
 {kind}
-
+{use}
 ## How well it predicts the target
 
 Held-out responses ({scored[records]} to {scored[prompts]} prompts that it was not trained on, {scored[bytes]:,} bytes):
@@ -58,6 +59,14 @@ _ADAPTER = (
     "It is an adapter in PEFT's format, without its base: TerseLM loads the base by the name above and merges both."
 )
 
+_USE = """
+## What it is for
+
+Aligned for use: utility of each sentence or line of a prompt{target}. `utility_head.safetensors` scores them all in \
+one pass over question and prompt. That is what TerseLM takes documents, tool output and chats with a question by; \
+`rank_by=utility` asks for it, with a question or without. For worked examples it compresses by surprisal.
+"""
+
 _WORDS = """
 ## How much it agrees with the target
 
@@ -68,7 +77,13 @@ _WORDS = """
 
 
 def model_card(
-    name: str, base: str, metrics: dict[str, Any], report: dict[str, Any] | None = None, *, adapter_only: bool = False
+    name: str,
+    base: str,
+    metrics: dict[str, Any],
+    report: dict[str, Any] | None = None,
+    *,
+    adapter_only: bool = False,
+    utility: Mapping[str, str] | None = None,
 ) -> str:
     """Markdown with YAML metadata as the Hugging Face hub reads it.
 
@@ -78,6 +93,7 @@ def model_card(
         metrics: what the run measured.
         report: the alignment report, if it compared words with a target.
         adapter_only: the folder holds no base.
+        utility: the facts of its utility head, if it has one.
     """
     from huggingface_hub import ModelCardData
 
@@ -90,7 +106,7 @@ def model_card(
         license=license_id,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["terselm", "prompt-compression", *([] if method == "full" else [method])],
+        tags=["terselm", "prompt-compression", *([] if method == "full" else [method]), *_tags_of(utility)],
         model_name=name.split("/")[-1],
         eval_results=[_result(metrics)],
     )
@@ -100,6 +116,7 @@ def model_card(
         method=_METHODS[method],
         merged="" if adapter_only or method == "full" else ", merged in float32",
         kind=_ADAPTER if adapter_only else _MERGED,
+        use="" if utility is None else _USE.format(target=_reader(utility)),
         base=base,
         targets=", ".join(f"`{target}`" for target in metrics["data"]["targets"]) or "an unnamed model",
         scored=held_out,
@@ -113,6 +130,15 @@ def model_card(
         licence=f" ({license_id})" if license_id else "",
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def _tags_of(utility: Mapping[str, str] | None) -> list[str]:
+    return [] if utility is None else ["utility"]
+
+
+def _reader(utility: Mapping[str, str]) -> str:
+    """For whose answers the units are useful, where the head says so."""
+    return f" for the answers of `{utility['target']}`" if utility.get("target") else ""
 
 
 def _result(metrics: dict[str, Any]) -> EvalResult:

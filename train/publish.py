@@ -20,6 +20,7 @@ from terselm.errors import CheckpointError, ConfigError
 from terselm.extras import first_line
 from terselm.files import atomic_folder, remove_partials
 from terselm.models import CausalLM, load_causal_lm
+from terselm.models.utility_head import HEAD_WEIGHTS, UtilityHead
 from terselm.train.card import model_card
 from terselm.train.hardware import quieten_libraries
 from terselm.train.provenance import (
@@ -34,7 +35,16 @@ from terselm.train.provenance import (
 from terselm.train.report.report import PAGE, REPORT, read_report
 from terselm.train.run_folder import MODEL, finished_result
 from terselm.train.settings import Precision
-from terselm.train.verify import KEPT_REFERENCE, PROVENANCE, TOLERANCE, check_logits, probe, write_references
+from terselm.train.verify import (
+    KEPT_REFERENCE,
+    PROVENANCE,
+    TOLERANCE,
+    Differences,
+    check_logits,
+    probe,
+    utility_scores,
+    write_references,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -137,19 +147,21 @@ def publish(run: Path, to: Path, form: Form | None = None) -> PublishedCheckpoin
         base, origin = _load_base(trained, metrics)
         with atomic_folder(to) as partial, tempfile.TemporaryDirectory() as scratch:
             reference = Path(scratch) / "reference.safetensors"
-            _write_weights(base, trained, form, partial, reference)
-            difference = check_logits(partial, reference, form.torch_dtype)
+            head = _utility_head(base, trained)
+            _write_weights(base, trained, head, form, partial, reference)
+            found = check_logits(partial, reference, form.torch_dtype)
             for name in ("config.yaml", "metrics.json", *(page for page in (REPORT, PAGE) if (run / page).is_file())):
                 shutil.copyfile(run / name, partial / name)
             name, report = form.address or to.name, read_report(run)
-            card = model_card(name, base.name, metrics, report, adapter_only=form.adapter_only)
+            utility = head.facts if head is not None else None
+            card = model_card(name, base.name, metrics, report, adapter_only=form.adapter_only, utility=utility)
             (partial / "README.md").write_text(card, encoding="utf-8")
-            provenance = _provenance(metrics, origin, trained, form, difference)
+            provenance = _provenance(metrics, origin, trained, form, found)
             provenance["sha256"] = folder_sha256(partial, leave_out=PROVENANCE)
             text = json.dumps(provenance, indent=2, ensure_ascii=False) + "\n"
             (partial / PROVENANCE).write_text(text, encoding="utf-8")
     return PublishedCheckpoint(
-        path=to, base=base.name, dtype=str(form.torch_dtype).removeprefix("torch."), logit_difference=difference
+        path=to, base=base.name, dtype=str(form.torch_dtype).removeprefix("torch."), logit_difference=found.logits
     )
 
 
@@ -243,11 +255,23 @@ def _only_writer(to: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot publish to {to}: {first_line(error)}; nothing is left there") from None
 
 
-def _write_weights(base: CausalLM, trained: Path, form: Form, folder: Path, reference: Path) -> None:
+def _utility_head(base: CausalLM, trained: Path) -> UtilityHead | None:
+    """The head that was trained along, if one was."""
+    if not (trained / HEAD_WEIGHTS).is_file():
+        return None
+    return UtilityHead.load(trained, int(base.model.config.get_text_config().hidden_size), base=base.name)
+
+
+def _write_weights(
+    base: CausalLM, trained: Path, head: UtilityHead | None, form: Form, folder: Path, reference: Path
+) -> None:
     model = _trained_model(base, trained)
     ids = probe(base.tokenizer, model.config.vocab_size)
+    scores = utility_scores(model, head, ids) if head is not None else None
     with torch.inference_mode():
-        write_references(ids, model(input_ids=ids).logits, whole=reference, kept=folder / KEPT_REFERENCE)
+        write_references(ids, model(input_ids=ids).logits, scores, whole=reference, kept=folder / KEPT_REFERENCE)
+    if head is not None:
+        shutil.copyfile(trained / HEAD_WEIGHTS, folder / HEAD_WEIGHTS)
     if form.adapter_only:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             shutil.copyfile(trained / name, folder / name)
@@ -271,8 +295,9 @@ def _trained_model(base: CausalLM, trained: Path) -> Any:
 
 
 def _provenance(
-    metrics: dict[str, Any], origin: dict[str, Any], trained: Path, form: Form, difference: float
+    metrics: dict[str, Any], origin: dict[str, Any], trained: Path, form: Form, found: Differences
 ) -> dict[str, Any]:
+    utility = {} if found.utility is None else {"utility_difference": found.utility}
     return {
         "base": origin,
         "trained_sha256": combined_sha256(trained),
@@ -280,8 +305,9 @@ def _provenance(
         "weights": {
             "merged_in": None if form.adapter_only or trained.name == MODEL else "float32",
             "stored_in": str(form.torch_dtype).removeprefix("torch."),
-            "logit_difference": difference,
+            "logit_difference": found.logits,
             "tolerance": TOLERANCE[form.torch_dtype],
+            **utility,
         },
         "trained_with": {name: metrics[name] for name in ("versions", "hardware", "git_commit", "compute")},
         "published_with": {

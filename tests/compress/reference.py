@@ -23,6 +23,7 @@ from reference_ranking import (
     scores_units,
     unit_scores,
 )
+from reference_utility import score_utilities
 
 from terselm.errors import BudgetError
 
@@ -237,7 +238,7 @@ def compress(
         BudgetError: as the specification says, with ``smallest``.
     """
     count = counter or (lambda text: len(tokenise(lm.tokenizer, text)))
-    asked, settings = settings, decide(prompt, settings)
+    asked, settings = settings, decide(prompt, settings, has_head=lm.utility is not None)
     pieces = read_pieces(lm, prompt, keep, settings)
     everything = [unit for piece in pieces for unit in piece.units]
     original = write(everything, settings.separator)
@@ -266,10 +267,13 @@ def compress(
 
     alone = sum(piece.part == "demonstration" for piece in pieces) < 2
 
+    if settings.rank_by == "utility":
+        score_utilities(lm, prompt, settings, pieces, capped=asked.rank_by == "auto")
+
     def read(piece: Piece) -> None:
         if settings.rank_by == "surprisal":
             read_alone(lm, piece)
-        elif not alone:
+        elif not alone and settings.rank_by != "utility":
             asks = prompt.ranked_for or prompt.question
             piece.perplexity = log_likelihood(lm, surprisals, asks, piece.text, whole=True)
 

@@ -28,6 +28,7 @@ class Unit:
     surprisal: float | None = None
     segment: int | None = None
     margin: float | None = 0.0  # None: not to be taken back
+    utility: float | None = None
 
     @property
     def cost(self) -> int:

@@ -21,8 +21,9 @@ STATEMENT = " We can get the answer to this question in the given documents."
 Surprisals = Callable[[Any, Sequence[int], Sequence[int]], list[float]]
 
 
-def decide(prompt: Any, settings: Any) -> Any:
+def decide(prompt: Any, settings: Any, *, has_head: bool = False) -> Any:
     """The settings with ``rank_by`` and ``unit`` decided; ``unit`` may stay "auto" where texts decide."""
+    by_model = "utility" if has_head else "question"
     asks = prompt.ranked_for or prompt.question
     words = [text.split()[0] for text in prompt.demonstrations if text.split()]
     opening = prompt.question.split()[:1]
@@ -30,7 +31,7 @@ def decide(prompt: Any, settings: Any) -> Any:
     rank_by = settings.rank_by
     if rank_by == "auto":
         asked = settings.contrast or settings.rank_delta or (is_open(settings) and not examples)
-        rank_by = "question" if asked and asks.strip() and words else "surprisal"
+        rank_by = by_model if asked and asks.strip() and words else "surprisal"
     if rank_by == "surprisal":
         settings = replace(settings, rank_by=rank_by, ranker=None, contrast=False, rank_delta=0.0)
     unit = settings.unit
@@ -97,6 +98,9 @@ def unit_scores(
     asks = prompt.ranked_for or prompt.question
     if settings.contrast:
         return contrast(lm, surprisals, f"{asks}{settings.separator}", chosen)
+    if settings.rank_by == "utility":
+        units = [unit for piece in chosen for unit in piece.units]
+        return {id(unit): unit.utility for unit in units if unit.text.strip(" \n\t\r[]{}(),")}
     units, shown = [], []
     for piece in chosen:
         for unit, seen in zip(piece.units, in_context(piece.text, [u.text for u in piece.units]), strict=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from fake_hub import TOKEN, Hub, serve
 from tiny_training import Script
 
 from terselm.errors import CheckpointError, ConfigError
+from terselm.models.utility_head import UtilityHead
 from terselm.train.provenance import combined_sha256
 from terselm.train.publish import Form, HubPlace, publish, publish_to_hub, upload
 from terselm.train.verify import verify
@@ -53,6 +56,23 @@ def test_the_command_publishes_and_the_download_verifies(hub: Hub, finished: Scr
     code = "import sys, huggingface_hub as h; h.snapshot_download('org/small', revision='v1', local_dir=sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "copy")], env=environment, check=True)
     assert verify(tmp_path / "copy") < 1e-4
+
+
+def test_a_head_is_loaded_from_the_hub(hub: Hub, tiny_model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "with_head"
+    shutil.copytree(tiny_model, copy)
+    hidden_size = int(json.loads((tiny_model / "config.json").read_text())["hidden_size"])
+    UtilityHead(hidden_size, seed=3).save(copy, {"target": "some-target"})
+    upload(copy, HubPlace(repo="org/useful"), default_tag="v1")
+    upload(tiny_model, HubPlace(repo="org/plain"), default_tag="v1")
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "cache")}
+    code = (
+        "from terselm.models import load_causal_lm as load\n"
+        "print(load('org/useful', device='cpu').utility.facts, load('org/plain', device='cpu').utility)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "{'target': 'some-target'} None"
 
 
 def test_a_tag_comes_from_what_was_trained(hub: Hub, finished: Script, tmp_path: Path) -> None:

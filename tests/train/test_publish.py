@@ -142,7 +142,7 @@ def test_weights_that_change_on_disk_are_not_published(
 
     compare = module.compare_in_fresh_process
 
-    def damage_first(folder: Path, reference: Path) -> float:
+    def damage_first(folder: Path, reference: Path) -> module.Differences:
         weights = folder / "model.safetensors"
         content = bytearray(weights.read_bytes())
         for place in range(len(content) // 2, len(content) // 2 + 4000, 4):
@@ -160,7 +160,7 @@ def test_killed_in_the_middle_the_next_one_works(finished: Script, tmp_path: Pat
     target = tmp_path / "out"
     code = "import pathlib, sys, terselm.train.publish as p; p.publish(*map(pathlib.Path, sys.argv[1:]))"
     process = subprocess.Popen([sys.executable, "-c", code, str(finished.run), str(target)])
-    for _ in range(1200):
+    for _ in range(6000):
         if list(tmp_path.glob(".out.partial-*/model.safetensors")):
             break
         assert process.poll() is None, "the process ended first"
