@@ -1,22 +1,27 @@
-"""How a prompt is cut where its units are to be labelled with their utility: as for ranking, but not too finely.
+"""From rows of any source to prompts whose units can be labelled with their utility.
 
-The units are those that demonstrations are ranked by (docs/algorithm.md, §5): sentences or lines, each with what it
-belongs to. They are cut at characters, so that labels suit every small LM's tokens.
+Prompts are cut as for ranking, but not too finely: the units are those that demonstrations are ranked by
+(docs/algorithm.md, §5), sentences or lines, each with what it belongs to. They are cut at characters, so that labels
+suit every small LM's tokens.
 """
 
 from __future__ import annotations
 
 import heapq
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 from terselm.compress.context import in_context, unit_kind
 from terselm.compress.layout import cut_units, merge_lines, merge_sentences
 from terselm.compress.prompt import Prompt
 from terselm.compress.settings import UnitKind
+from terselm.data.collection.label_plan import PromptToLabel
+from terselm.data.rows import Json, read_rows
 from terselm.data.utility import MOST_UNITS, CutPrompt, Unit
-from terselm.errors import PromptError
+from terselm.errors import DataFormatError, PromptError
 
 _APART = 3  # times as long a pair counts that does not belong together
 
@@ -70,6 +75,46 @@ def label_units(prompt: Prompt, most: int = MOST_UNITS) -> CutPrompt:
         units=tuple(merged),
         parents=tuple(owners),
     )
+
+
+def read_prompts_to_label(source: str | Path) -> list[PromptToLabel]:
+    """Read prompts from rows of any source (see `read_rows`) and cut them.
+
+    A row has a prompt in one of the forms of ``compress-file``, and perhaps an ``id``, and an ``answer`` or a list of
+    ``answers``, of which the first is taken.
+
+    Raises:
+        ConfigError: a package is missing, or the data set cannot be loaded.
+        DataFormatError: a bad row, an id that came before, or no rows.
+    """
+    from terselm.compress.bulk.rows import prompt_of  # with which torch comes
+
+    found: dict[str, PromptToLabel] = {}
+    for number, row in read_rows(source):
+        try:
+            prompt = label_units(prompt_of(row))
+            one = PromptToLabel(id=str(row.get("id", number)), prompt=prompt, answer=_answer(row))
+        except (PromptError, ValueError) as error:
+            raise DataFormatError(source, number, str(error)) from None
+        if one.id in found:
+            raise DataFormatError(source, number, f"id {one.id!r} came before")
+        found[one.id] = one
+    if not found:
+        raise DataFormatError(source, None, "holds no prompts")
+    return list(found.values())
+
+
+def _answer(row: Json) -> str | None:
+    answers = row.get("answers")
+    if row.get("answer") is not None:
+        answers = [row["answer"]]
+    if answers is None:
+        return None
+    if not isinstance(answers, list) or not answers or not isinstance(answers[0], str):
+        raise ValueError(f"the answer is {json.dumps(answers)[:60]}; expected a text, or none for the target's own")
+    if not answers[0].strip():
+        raise ValueError("the answer is empty; leave it out for what the target itself says to the whole prompt")
+    return answers[0]
 
 
 def cut_text(text: str) -> list[tuple[int, int]]:

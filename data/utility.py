@@ -26,8 +26,6 @@ from terselm.statistics import Floats
 
 MOST_UNITS = 64
 """Of a prompt of no more demonstrations; else each of them is one."""
-RIDGE = 1.0
-"""Weight of the squared utilities against the squared errors, one for each mask."""
 _SEPARATOR = "\n\n"
 _DRAWS = 20  # for each mask that is wanted, until they are all different
 _PROMPT_KEYS = ("instruction", "demonstrations", "question")
@@ -231,7 +229,8 @@ def write_labels(path: Path | str, labels: Iterable[LabelledPrompt]) -> int:
 def draw_masks(parents: Sequence[int], count: int, seed: int | str) -> Masks:
     """Ways of keeping about half of the units, none without what it belongs to; each comes once.
 
-    In a random order, units are kept with all that they belong to until half of them are. Where there are no more than
+    In a random order, units are kept with all that they belong to until half of them are. Units that were kept seldom
+    so far come rather earlier, so that even few masks leave out, and keep, each unit. Where there are no more than
     ``count`` subsets of the units at all, these are all the ways, from nothing to everything.
 
     Args:
@@ -250,21 +249,24 @@ def draw_masks(parents: Sequence[int], count: int, seed: int | str) -> Masks:
         return np.asarray(every[whole.all(axis=1)])
     chance = random.Random(f"masks:{seed}")
     found: dict[bytes, Masks] = {}
+    times = np.zeros(size)  # that each was kept
     for _ in range(_DRAWS * count):
-        mask = _half(parents, chance)
-        found.setdefault(mask.tobytes(), mask)
+        mask = _half(parents, (times + 1) / (len(found) + 2), chance)
+        if mask.tobytes() not in found:
+            found[mask.tobytes()] = mask
+            times += mask
         if len(found) == count:
             break
     return np.stack(list(found.values()))
 
 
-def fit_utilities(masks: Masks, nats: ArrayLike, ridge: float = RIDGE) -> Floats:
+def fit_utilities(masks: Masks, nats: ArrayLike, ridge: float) -> Floats:
     """How much −log p falls with each unit: ridge regression with an intercept, which is not shrunk.
 
     Args:
         masks: ``(K, m)``, what was kept.
         nats: ``(K,)``, −log p(answer) for each.
-        ridge: above 0.
+        ridge: weight of the squared utilities against the squared errors; above 0.
 
     Returns:
         ``(m,)``, in nats; 0 for a unit that all masks keep, or none does.
@@ -278,12 +280,17 @@ def fit_utilities(masks: Masks, nats: ArrayLike, ridge: float = RIDGE) -> Floats
     return np.asarray(kept.T @ dual)
 
 
-def _half(parents: Sequence[int], chance: random.Random) -> Masks:
-    """``(m,)``: units in a random order, each with all that it belongs to, until half are kept."""
+def _half(parents: Sequence[int], shares: Floats, chance: random.Random) -> Masks:
+    """``(m,)``: units in a random order, each with all that it belongs to, until half are kept.
+
+    Args:
+        shares: ``(m,)``, of the masks so far that kept each unit; the less, the earlier.
+    """
     size = len(parents)
     wanted = (size + chance.randrange(2)) // 2
     mask = np.zeros(size, bool)
-    for unit in chance.sample(range(size), size):
+    order = np.argsort([chance.random() + share for share in shares.tolist()], kind="stable")
+    for unit in order.tolist():
         if mask.sum() >= wanted:
             break
         while unit >= 0 and not mask[unit]:

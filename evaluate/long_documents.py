@@ -15,7 +15,7 @@ from terselm.errors import ConfigError
 from terselm.evaluate.answers import holds_answer
 from terselm.evaluate.items import Item, Suite
 from terselm.evaluate.settings import SuiteSettings
-from terselm.evaluate.suite_rows import SuiteRow, drawn_rows, suite_rows
+from terselm.evaluate.suite_rows import SuiteRow, data_rows, drawn_rows
 
 _LONGBENCH_ID = "THUDM/LongBench"
 _MEETINGBANK_ID = "huuuyeah/meetingbank"
@@ -42,7 +42,7 @@ def longbench_suite(settings: SuiteSettings) -> Suite:
         raise ConfigError("suite.tasks is empty; name tasks of LongBench, such as suite.tasks=[hotpotqa]")
     items = []
     for task in settings.tasks or [""]:
-        rows = suite_rows(settings.data, _LONGBENCH_ID, task, "test")
+        rows = data_rows(settings, _LONGBENCH_ID, task, "test")
         if settings.data is not None and task:
             rows = [row for row in rows if row.values.get("dataset", task) == task]
         for row in drawn_rows(rows, settings):
@@ -58,7 +58,7 @@ def longbench_suite(settings: SuiteSettings) -> Suite:
 
 def meetingbank_suite(settings: SuiteSettings) -> Suite:
     """Meetings to summarise. Rows have ``transcript`` and ``summary``."""
-    rows = drawn_rows(suite_rows(settings.data, _MEETINGBANK_ID, None, "test"), settings)
+    rows = drawn_rows(data_rows(settings, _MEETINGBANK_ID, None, "test"), settings)
     question = f"{_WHOLE_MEETING}\nSummary:"
     items = [_item(row, paragraphs(row.text("transcript"), "\n"), question, [row.text("summary")]) for row in rows]
     return _suite("meetingbank", items, short=False)
@@ -70,7 +70,7 @@ def qmsum_suite(settings: SuiteSettings) -> Suite:
     Rows of LongBench's form do as well: ``input`` is then the question alone, beside ``context`` and ``answers``.
     """
     items = []
-    for row in drawn_rows(suite_rows(settings.data, _QMSUM_ID, None, "test"), settings):
+    for row in drawn_rows(data_rows(settings, _QMSUM_ID, None, "test"), settings):
         if "context" in row.values:
             asked, transcript, answers = row.text("input"), row.text("context"), row.texts("answers")
         else:

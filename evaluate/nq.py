@@ -17,7 +17,7 @@ from terselm.errors import ConfigError
 from terselm.evaluate.answers import holds_answer
 from terselm.evaluate.items import Item, Suite
 from terselm.evaluate.settings import Distractors, SuiteSettings
-from terselm.evaluate.suite_rows import SuiteRow, check_enough, suite_rows
+from terselm.evaluate.suite_rows import SuiteRow, check_enough, data_rows
 
 _INSTRUCTION = (
     "Write a high-quality answer for the given question using only the provided search results "
@@ -36,7 +36,7 @@ def nq_suite(settings: SuiteSettings) -> Suite:
     """
     if settings.data is None:
         raise ConfigError("the nq suite reads a local file; give suite.data=FILE (JSON Lines: question, answers, ctxs)")
-    rows = suite_rows(settings.data)
+    rows = data_rows(settings)
     check_enough(rows, max(settings.questions, settings.documents), "nq")
     chosen = random.Random(settings.seed).sample(range(len(rows)), settings.questions)
     prompts = nq_prompts(rows, chosen, settings.documents, settings.seed, settings.distractors)

@@ -34,6 +34,10 @@ class SuiteName(StrEnum):
     PROMPTS = "prompts"  # the user's own
 
 
+_GENERATED = (SuiteName.TOOLS, SuiteName.DIALOGUE)
+_RANGE = re.compile(r"\d*:\d*")
+
+
 class Distractors(StrEnum):
     """Which passages stand beside that with the answer; none of them holds an accepted answer."""
 
@@ -54,6 +58,8 @@ class SuiteSettings:
         distractors: which passages of other questions stand in a prompt of NQ.
         tasks: those of BBH or LongBench, or kinds of tool output, to use; none for all.
         seed: of every draw.
+        rows: which rows of the data are used at all, such as "1000:2000" (from 0, without the last) or ":1000"; empty
+            for all. So that questions to train with and to test with share nothing, not even passages.
         data: a local file (GSM8K's test rows, NQ, ShareGPT, arXiv, LongBench, MeetingBank, QMSum, own prompts) or
             folder (BBH); None for the hub.
         train: GSM8K's training rows; None for the hub.
@@ -61,7 +67,7 @@ class SuiteSettings:
             prompts; replaces drawn demonstrations.
 
     Raises:
-        ConfigError: a number below 1.
+        ConfigError: a number below 1; rows that are no range, or of a suite that is generated.
     """
 
     name: SuiteName = SuiteName.GSM8K
@@ -72,16 +78,28 @@ class SuiteSettings:
     distractors: Distractors = Distractors.RANDOM
     tasks: list[str] = field(default_factory=list)
     seed: int = 0
+    rows: str = ""
     data: Path | None = None
     train: Path | None = None
     prompt: Path | None = None
 
     def __post_init__(self) -> None:
-        refuse(
+        faults = [
             f"suite.{name} is {getattr(self, name)}; expected at least 1"
             for name in ("questions", "sets", "shots", "documents")
             if getattr(self, name) < 1
-        )
+        ]
+        if self.rows and not _RANGE.fullmatch(self.rows):
+            faults.append(f"suite.rows is {self.rows!r}; expected a range such as '1000:2000', '1000:' or ':1000'")
+        if self.rows and self.name in _GENERATED:
+            faults.append(f"suite.rows is for rows of a file; {self.name} is generated: another suite.seed, other rows")
+        refuse(faults)
+
+    @property
+    def used_rows(self) -> slice:
+        """Of the data."""
+        first, _, end = self.rows.partition(":")
+        return slice(int(first) if first else None, int(end) if end else None)
 
 
 @dataclass(frozen=True, kw_only=True)

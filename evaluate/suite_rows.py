@@ -74,6 +74,15 @@ def suite_rows(path: Path | None, hub_id: str = "", config: str | None = None, s
     return [SuiteRow(where=f"{place}{number}", number=number, values=row) for number, row in rows]
 
 
+def data_rows(settings: SuiteSettings, hub_id: str = "", config: str | None = None, split: str = "") -> list[SuiteRow]:
+    """Those rows of a suite's data that the settings name; from the hub as `suite_rows`.
+
+    Raises:
+        DataFormatError, ConfigError: as `suite_rows`.
+    """
+    return suite_rows(settings.data, hub_id, config, split)[settings.used_rows]
+
+
 def check_enough(rows: Sequence[object], needed: int, name: str) -> None:
     if len(rows) < needed:
         raise ConfigError(f"the {name} data has {len(rows)} usable rows; {needed} are asked for")

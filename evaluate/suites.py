@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 from terselm.compress.prompt import Prompt
+from terselm.data.rows import Json
 from terselm.errors import ConfigError, DataFormatError
 from terselm.evaluate.answers import answer_right, bbh_right, maths_right
 from terselm.evaluate.dialogue import conversations
-from terselm.evaluate.items import Item, Suite
+from terselm.evaluate.items import Item, Suite, full_text
 from terselm.evaluate.long_documents import longbench_suite, meetingbank_suite, paragraphs, qmsum_suite
 from terselm.evaluate.nq import nq_suite
 from terselm.evaluate.settings import SuiteName, SuiteSettings
-from terselm.evaluate.suite_rows import SuiteRow, check_enough, suite_rows
+from terselm.evaluate.suite_rows import SuiteRow, check_enough, data_rows, suite_rows
 from terselm.evaluate.tool_output import KINDS, tool_outputs
 
 _GSM8K_ID = "openai/gsm8k"
@@ -63,9 +65,27 @@ def load_suite(settings: SuiteSettings) -> Suite:
     return readers[settings.name](settings)
 
 
+def rows_of(suite: Suite) -> Iterator[Json]:
+    """The items as rows that ``terselm collect --utility`` and ``compress-file`` read.
+
+    An id ends with six digits of a hash of the prompt, so that files of several settings can be put together.
+    """
+    for item in suite.items:
+        prompt = {
+            "instruction": item.prompt.instruction,
+            "demonstrations": list(item.prompt.demonstrations),
+            "question": item.prompt.question,
+        }
+        digest = blake2b(full_text(item.prompt).encode(), digest_size=3).hexdigest()
+        row: Json = {"id": f"{suite.name}-{item.id}-{digest}", **prompt}
+        if item.gold.strip():
+            row["answer"] = item.gold
+        yield row
+
+
 def _gsm8k(settings: SuiteSettings) -> Suite:
     """Questions of the test rows, shared out among demonstration sets that are drawn from the training rows."""
-    test = suite_rows(settings.data, _GSM8K_ID, "main", "test")
+    test = data_rows(settings, _GSM8K_ID, "main", "test")
     if len(test) < settings.questions:
         raise ConfigError(f"GSM8K has {len(test)} test rows here; {settings.questions} questions are asked for")
     sets = _demonstration_sets(settings)
@@ -145,6 +165,7 @@ def _bbh(settings: SuiteSettings) -> Suite:
 def _bbh_task(task: str, settings: SuiteSettings, prompts: Path) -> list[Item]:
     instruction, demonstrations = _bbh_prompt(prompts / f"{task}.txt")
     rows = suite_rows(settings.data / f"{task}.json" if settings.data is not None else None, _BBH_ID, task, "test")
+    rows = rows[settings.used_rows]
     chosen = random.Random(f"{settings.seed}/{task}").sample(rows, min(settings.questions, len(rows)))
     items = []
     for number, row in enumerate(chosen):
@@ -177,7 +198,7 @@ def _sharegpt(settings: SuiteSettings) -> Suite:
 
     Rows have ``conversations``: a list of ``from`` (``human`` or ``gpt``) and ``value``.
     """
-    rows = suite_rows(settings.data, _SHAREGPT_ID, None, "train")
+    rows = data_rows(settings, _SHAREGPT_ID, None, "train")
     dialogues = [(row, turns) for row in rows if (turns := _turns(row)) is not None]
     check_enough(dialogues, settings.questions, "sharegpt")
     items = []
@@ -210,7 +231,7 @@ def _arxiv(settings: SuiteSettings) -> Suite:
 
     Rows have ``text``. Paragraphs are the demonstrations.
     """
-    rows = suite_rows(settings.data, _ARXIV_ID, None, "train")
+    rows = data_rows(settings, _ARXIV_ID, None, "train")
     check_enough(rows, settings.questions, "arxiv")
     question = "Summarize the article above in a few sentences.\nSummary:"
     items = []
@@ -286,7 +307,7 @@ def _own_prompts(settings: SuiteSettings) -> Suite:
     """At most ``settings.questions`` prompts of the user's file, in its order."""
     if settings.data is None:
         raise ConfigError("give a file of prompts (JSON Lines: instruction, demonstrations, question, answer)")
-    rows = suite_rows(settings.data)[: settings.questions]
+    rows = data_rows(settings)[: settings.questions]
     if not rows:
         raise ConfigError(f"{settings.data} holds no prompts")
     items = []

@@ -49,12 +49,12 @@ def read_prompt_row(
     """
     if taken := [key for key in RESULT_KEYS if key in row]:
         raise PromptError(f"the row has a key {taken[0]!r} already, which the result needs; rename it")
-    values = {key: value for key, value in row.items() if key in READ_KEYS and value is not None}
+    values = _read(row)
     if "budget" in values or "rate" in values:
         budget, rate = _whole(values.get("budget")), values.get("rate")
     if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not math.isfinite(rate)):
         raise BudgetError(f"the rate is {rate!r}; expected a fraction in (0, 1]")
-    return PromptRow(number=number, prompt=_prompt(values), length=Length(budget=budget, rate=rate))
+    return PromptRow(number=number, prompt=prompt_of(row), length=Length(budget=budget, rate=rate))
 
 
 def passed_through(row: Mapping[str, Any]) -> Json:
@@ -68,7 +68,13 @@ def result_values(result: CompressionResult) -> Json:
     return {"compressed": values["text"]} | {key: values[key] for key in RESULT_KEYS[1:]}
 
 
-def _prompt(values: Mapping[str, Any]) -> Prompt:
+def prompt_of(row: Mapping[str, Any]) -> Prompt:
+    """The prompt of a row, in one of the forms that `read_prompt_row` tells.
+
+    Raises:
+        PromptError: no prompt, several, or one of the wrong form.
+    """
+    values = _read(row)
     parts = {key: values[key] for key in PROMPT_KEYS if key in values}
     question = parts.pop("question", "") if "text" in values else ""
     forms = [*(key for key in ("text", "prompt") if key in values), *list(parts)[:1]]
@@ -86,6 +92,11 @@ def _prompt(values: Mapping[str, Any]) -> Prompt:
     if not isinstance(parts.get("demonstrations", []), list):
         raise PromptError(f"demonstrations is a {type(parts['demonstrations']).__name__}; expected a list of strings")
     return Prompt(**parts)
+
+
+def _read(row: Mapping[str, Any]) -> Json:
+    """What is read of a row; a key whose value is null counts as absent."""
+    return {key: value for key, value in row.items() if key in READ_KEYS and value is not None}
 
 
 def _nested(prompt: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from terselm.data.collection.settings import CollectSettings, Options, Price, re
 from terselm.data.instructions import Instruction
 from terselm.errors import ConfigError
 
-_BYTES_PER_TOKEN = 4.0  # of English, where nothing better is known
+BYTES_PER_TOKEN = 4.0  # of English, where nothing better is known
 _TWO_SIDED = 1.96  # standard errors in a 95% interval
 _LEAST = 8  # answers from which a mean is worth something
 _Known = tuple[Request, Use]  # an answered request
@@ -84,6 +84,20 @@ def estimate(
         uses = ledger.uses()
         known = [(request, uses[request.id]) for request in requests if request.id in uses]
         waiting = still_waiting(ledger, requests)
+    return estimate_requests(known, waiting, settings, price)
+
+
+def estimate_requests(
+    known: Sequence[_Known], waiting: Sequence[Request], settings: CollectSettings, price: Price
+) -> CostEstimate:
+    """What requests will use, judged by those that are answered.
+
+    Args:
+        known: answered ones, with what they have used.
+        waiting: still to be asked.
+        settings: of both.
+        price: of the target.
+    """
     basis, prompt = _prompts(known, waiting, settings)
     completion = _completions(known, waiting, settings)
     return CostEstimate(
@@ -154,7 +168,7 @@ def _prompts(known: Sequence[_Known], waiting: Sequence[Request], settings: Coll
     at_most = sum(sizes.bound(request.instruction.messages) for request in waiting)
     pairs = [(_bytes(request), use.prompt_tokens) for request, use in known if use.prompt_tokens]
     if len(pairs) < 2:
-        expected = sum(_bytes(request) / _BYTES_PER_TOKEN for request in waiting)
+        expected = sum(_bytes(request) / BYTES_PER_TOKEN for request in waiting)
         return "bytes", Guess(expected=expected, low=expected, high=at_most, at_most=at_most)
     sizes_known, tokens = zip(*pairs, strict=True)
     alike = len(set(sizes_known)) == 1

@@ -7,8 +7,9 @@ none, or another attempt.
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -206,6 +207,22 @@ def scored(text: PlainText, settings: LogProbSettings, intent: Intent, raw: byte
 
     text_scores(text, raw, settings)
     return replace(_used(intent, parse_response(raw), raw, price), state=State.DONE)
+
+
+def answer_found_likely(used: Outcome, nats: Sequence[float]) -> Outcome:
+    """How likely a target finds a given answer; the record says so.
+
+    Args:
+        used: what the attempt has used.
+        nats: −log p of each token of the answer.
+
+    Raises:
+        ValueError: that of a token is not known, or there are no tokens.
+    """
+    if not nats or not all(map(math.isfinite, nats)):
+        raise ValueError("the response does not tell the log-probability of each token of the answer")
+    record = {"nats": math.fsum(nats), "tokens": len(nats)}
+    return replace(used, outcome=ANSWERED, state=State.DONE, record=record)
 
 
 def failed(intent: Intent, failure: Failure, raw: bytes | None, *, last: bool) -> Outcome:

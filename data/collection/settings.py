@@ -136,6 +136,28 @@ class LogProbSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelSettings:
+    """How the utility of a prompt's units is found (``terselm collect --utility``).
+
+    Attributes:
+        masks: K: how often half of the units are left out; the answer is scored so many times, and twice more.
+        ridge: weight of the squared utilities in the regression; more makes them smaller and less noisy.
+
+    Raises:
+        ConfigError: values are out of range.
+    """
+
+    masks: int = 32
+    ridge: float = 1.0
+
+    def __post_init__(self) -> None:
+        faults = [f"labels.masks is {self.masks}; expected at least 2"] if self.masks < 2 else []
+        if not 0 < self.ridge < math.inf:
+            faults.append(f"labels.ridge is {self.ridge}; expected a number above 0")
+        refuse(faults)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CollectSettings:
     """Which target LLM is asked, how, and how often.
 
@@ -155,6 +177,7 @@ class CollectSettings:
         omit: parameters that the endpoint refuses and that are not sent: temperature, top_p, seed, max_tokens.
         extra_body: sent along with every request, such as ``max_completion_tokens: 256``.
         logprobs: log-probabilities that are kept.
+        labels: how the utility of units is found.
         limits: of an endpoint.
         device: of a local target.
         dtype: of a local target.
@@ -183,6 +206,7 @@ class CollectSettings:
     omit: list[str] = field(default_factory=list)
     extra_body: dict[str, Any] = field(default_factory=dict)
     logprobs: LogProbSettings = field(default_factory=LogProbSettings)
+    labels: LabelSettings = field(default_factory=LabelSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     device: str = "auto"
     dtype: str = "auto"

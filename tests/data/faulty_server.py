@@ -162,6 +162,8 @@ def inject(server: Server) -> str | None:
 def completion(asked: dict[str, Any], prompt: str) -> dict[str, Any]:
     """A response in OpenAI's form; a word is a token."""
     text = {"empty": "", "cut": ""}.get(fate(prompt) or "", answer_to(prompt))
+    if asked.get("echo"):
+        return echoed(prompt)
     reason = "content_filter" if fate(prompt) == "cut" else "stop"
     words = re.findall(r"\S+\s*", text)
     choice: dict[str, Any] = {"index": 0, "finish_reason": reason}
@@ -179,6 +181,17 @@ def completion(asked: dict[str, Any], prompt: str) -> dict[str, Any]:
         }
     usage = {"prompt_tokens": len(prompt.split()) + 4, "completion_tokens": len(words)}
     return {"model": "served-1", "system_fingerprint": "fp_1", "choices": [choice], "usage": usage}
+
+
+def echoed(prompt: str) -> dict[str, Any]:
+    """A given text, scored: a word is a token, likely (−0.5) where it has come before, else not (−4)."""
+    tokens = re.findall(r"\s*\S+|\s+$", prompt)
+    words = [token.strip() for token in tokens]
+    values = [None, *(-0.5 if word in words[:place] else -4.0 for place, word in enumerate(words) if place)]
+    logprobs = {"tokens": tokens, "token_logprobs": values, "top_logprobs": None}
+    choice = {"index": 0, "finish_reason": "length", "text": prompt, "logprobs": logprobs}
+    usage = {"prompt_tokens": len(tokens), "completion_tokens": 0}
+    return {"model": "served-1", "choices": [choice], "usage": usage}
 
 
 @contextmanager

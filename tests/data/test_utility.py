@@ -12,7 +12,6 @@ import pytest
 
 from terselm.data.utility import (
     MOST_UNITS,
-    RIDGE,
     LabelledPrompt,
     draw_masks,
     fit_utilities,
@@ -134,6 +133,14 @@ def test_drawn_masks(size: int) -> None:
         assert (masks != draw_masks(parents, 24, seed=2)).any()
 
 
+@pytest.mark.parametrize("size", [12, MOST_UNITS])
+def test_even_few_masks_leave_out_and_keep_each_unit(size: int) -> None:
+    for seed in range(50):
+        times = draw_masks([-1] * size, 8, seed).sum(axis=0)
+        assert times.min() > 0
+        assert times.max() < 8
+
+
 @pytest.mark.parametrize(("count", "size"), [(16, 4), (12, 40), (64, 20)])
 def test_the_regression_minimises_what_it_says(count: int, size: int) -> None:
     chance = np.random.default_rng(0)
@@ -150,4 +157,6 @@ def test_by_hand() -> None:
     """With all 16 masks of 4 units, a utility is the difference of two means, times 4 / (4 + ridge)."""
     masks = draw_masks([-1] * 4, 16, seed=0)
     nats = 20 - masks @ np.array([8.0, 0.0, -1.0, 0.5])
-    np.testing.assert_allclose(fit_utilities(masks, nats), np.array([8.0, 0.0, -1.0, 0.5]) * 4 / (4 + RIDGE), atol=1e-9)
+    np.testing.assert_allclose(
+        fit_utilities(masks, nats, ridge=1.0), np.array([8.0, 0.0, -1.0, 0.5]) * 4 / (4 + 1), atol=1e-9
+    )

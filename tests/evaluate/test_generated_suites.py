@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from terselm.cli import app
+from terselm.compress.label_units import read_prompts_to_label
 from terselm.errors import ConfigError
 from terselm.evaluate.dialogue import conversations
 from terselm.evaluate.items import full_text
@@ -74,3 +78,41 @@ def test_the_suites_read_answers_and_look_for_them_in_prompts() -> None:
 def test_an_unknown_kind_is_named() -> None:
     with pytest.raises(ConfigError, match="unknown kinds of tool output: csv; there are log, json"):
         load_suite(SuiteSettings(name=SuiteName.TOOLS, tasks=["csv"]))
+
+
+def test_rows_of_suites_are_prompts_to_label(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        for name in ("tools", "dialogue"):
+            arguments = ["data", "suite", name, "--out", str(tmp_path / f"{name}{seed}.jsonl"), "--questions", "2"]
+            done = CliRunner().invoke(app, [*arguments, "--seed", str(seed)])
+            assert done.exit_code == 0, done.output
+    prompts = read_prompts_to_label(tmp_path / "tools1.jsonl")
+    items = load_suite(SuiteSettings(name=SuiteName.TOOLS, questions=2, seed=1)).items
+    for prompt, item in zip(prompts, items, strict=True):
+        assert prompt.prompt.text() == full_text(item.prompt)
+        assert prompt.answer == item.gold
+    names = [one.id for path in sorted(tmp_path.iterdir()) for one in read_prompts_to_label(path)]
+    assert len(set(names)) == len(names)
+    assert all(name.startswith(("tools-", "dialogue-")) for name in names)
+
+
+def test_rows_of_a_part_of_the_data(tmp_path: Path) -> None:
+    path = tmp_path / "nq.jsonl"
+    rows = [
+        {"question": f"who {n}?", "answers": [f"A{n}"], "ctxs": [{"title": f"T{n}", "text": f"A{n} did. So it was."}]}
+        for n in range(30)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = []
+    for part in ("0:12", "12:"):
+        out = tmp_path / f"rows{part[:2].strip(':')}.jsonl"
+        arguments = ["data", "suite", "nq", "--out", str(out), "--questions", "9", "--rows", part, "--data", str(path)]
+        done = CliRunner().invoke(app, [*arguments, "documents=5"])
+        assert done.exit_code == 0, done.output
+        seen.append({text.split("(")[1] for one in read_prompts_to_label(out) for text in one.prompt.demonstrations})
+    assert all(len(titles) > 9 for titles in seen)
+    assert not seen[0] & seen[1]
+    with pytest.raises(ConfigError, match=r"suite\.rows is '1-2'; expected a range such as '1000:2000'"):
+        SuiteSettings(name=SuiteName.NQ, rows="1-2")
+    with pytest.raises(ConfigError, match=r"suite\.rows is for rows of a file; tools is generated"):
+        SuiteSettings(name=SuiteName.TOOLS, rows="0:5")

@@ -15,6 +15,7 @@ from terselm.errors import ConfigError
 from terselm.extras import need
 
 if TYPE_CHECKING:
+    from terselm.data.collection.label_plan import PromptToLabel
     from terselm.data.collection.settings import CollectSettings, Options
 
 _log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ _Records = Annotated[Path, typer.Argument(help="Records: ours, alpaca, sharegpt,
 _NewFile = Annotated[Path, typer.Option(help="File to write; it must not exist.")]
 _Out = Annotated[Path, typer.Option(help="File of records to write (JSONL).")]
 _Source = Annotated[
-    str | None, typer.Option(help="Instructions: JSONL, JSON, CSV, Parquet, a data set's folder, or hub:OWNER/NAME.")
+    str | None, typer.Option(help="Instructions or prompts: JSONL, JSON, CSV, Parquet, a folder, or hub:OWNER/NAME.")
 ]
 _Endpoint = Annotated[str | None, typer.Option(help="https://…/v1, or local:MODEL.")]
 _Model = Annotated[str | None, typer.Option(help="The model, as the endpoint calls it.")]
@@ -40,6 +41,9 @@ _MaxCost = Annotated[float | None, typer.Option(help="Never spend more, over all
 _MaxRequests = Annotated[int | None, typer.Option(help="Never send more, over all runs.")]
 _RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed for good.")]
 _Batch = Annotated[bool, typer.Option("--batch", help="Through the endpoint's batch interface.")]
+_Utility = Annotated[
+    bool, typer.Option("--utility", help="Label prompts: how much each sentence or line helps the target to answer.")
+]
 _Pilot = Annotated[int, typer.Option(help="Ask so many first, and learn from them; they are paid for, and count.")]
 _Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings.")]
 
@@ -58,6 +62,7 @@ def collect(
     batch: _Batch = False,
     retry_failed: _RetryFailed = False,
     chat: _Chat = None,
+    utility: _Utility = False,
     estimate: Annotated[bool, typer.Option("--estimate", hidden=True)] = False,
     pilot: Annotated[int, typer.Option(hidden=True)] = 0,
     status: Annotated[bool, typer.Option("--status", hidden=True)] = False,
@@ -77,11 +82,16 @@ def collect(
     elif estimate:
         _moved("--estimate", "estimate")
         collection_estimate(
-            out, instructions, *whom, key_file, prices, max_cost, max_requests, batch, pilot, chat, overrides
+            out, instructions, *whom, key_file, prices, max_cost, max_requests, batch, pilot, chat, utility, overrides
         )
     else:
         settings = _settings(*whom, overrides, chat)
         options = _options(key_file, prices, max_cost, max_requests, batch=batch, retry_failed=retry_failed)
+        if utility:
+            from terselm.data.collection.labels import collect_labels
+
+            _print(asdict(collect_labels(_prompts(instructions), out, settings, options)))
+            return
         from terselm.data.collection.collect import collect as run
 
         _print(asdict(run(_load(instructions), out, settings, options)))
@@ -109,11 +119,17 @@ def collection_estimate(
     batch: _Batch = False,
     pilot: _Pilot = 0,
     chat: _Chat = None,
+    utility: _Utility = False,
     overrides: _Overrides = None,
 ) -> None:
     """Say what the requests that are still to be asked will use: tokens and cost, as expected and at most."""
     settings = _settings(endpoint, model, config, overrides, chat)
     options = _options(key_file, prices, max_cost, max_requests, batch=batch)
+    if utility:
+        from terselm.data.collection.label_estimate import estimate_labels
+
+        _print(asdict(estimate_labels(_prompts(instructions), out, settings, options, pilot=pilot)))
+        return
     from terselm.data.collection.estimate import estimate
 
     _print(asdict(estimate(_load(instructions), out, settings, options, pilot=pilot)))
@@ -216,6 +232,37 @@ def instructions(
     _print({"instructions": len(kept), **counts})
 
 
+@_data.command()
+def suite(
+    name: Annotated[str, typer.Argument(help="Of terselm evaluate: nq, tools, dialogue, gsm8k, …")],
+    out: _NewFile,
+    questions: Annotated[int, typer.Option(help="How many; of tools, for each kind.")] = 200,
+    seed: Annotated[int, typer.Option(help="Another seed, other questions.")] = 0,
+    rows: Annotated[str, typer.Option(help="Rows of the data to use, such as 1000:2000.")] = "",
+    data: Annotated[Path | None, typer.Option(help="The suite's file, where it needs one.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Its other settings: documents=20 …")
+    ] = None,
+) -> None:
+    """Write a suite's prompts with their answers, one a row, as terselm collect --utility takes them."""
+    from terselm.config import load_config
+    from terselm.data.rows import dump_object
+    from terselm.evaluate.settings import SuiteSettings
+    from terselm.evaluate.suites import load_suite, rows_of
+    from terselm.files import atomic_file
+
+    _new(out)
+    options = {"name": name, "questions": questions, "seed": seed, "rows": rows and repr(rows), "data": data}
+    named = [f"{key}={value}" for key, value in options.items() if value not in (None, "")]
+    settings = load_config(SuiteSettings, None, [*named, *(overrides or [])])
+    count = 0
+    with atomic_file(out) as file:
+        for row in rows_of(load_suite(settings)):
+            file.write(dump_object(row) + "\n")
+            count += 1
+    _print({"prompts": count, "file": str(out)})
+
+
 def _new(*paths: Path) -> None:
     for path in paths:
         if path.exists():
@@ -260,6 +307,12 @@ def _named(source: str | None) -> str:
     if source is None:
         raise ConfigError("no instructions; name a file or a data set with --instructions")
     return source
+
+
+def _prompts(source: str | None) -> list[PromptToLabel]:
+    from terselm.compress.label_units import read_prompts_to_label
+
+    return read_prompts_to_label(_named(source))
 
 
 def _load(source: str | None) -> Any:
