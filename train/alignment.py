@@ -132,14 +132,14 @@ def _attempt(run: AlignmentRun, data_sha256: str, tell: Callable[[str], None], *
         "resumed": checkpoint is not None,
     }
     held_out = compare_scores(run.reported, before, run.score(run.reported), settings.seed)
-    utility = None
+    utility = {}
     if units_before is not None:
-        utility = compare_rankers(run.reported_labels, units_before, run.read_units(run.reported_labels), settings.seed)
+        after = run.read_units(run.reported_labels)
+        utility = {"utility": compare_rankers(run.reported_labels, units_before, after, settings.seed)}
     weights = gather_trained(run.model, keep=run.state.is_main_process)
     if run.state.is_main_process:
         metrics: dict[str, Any] = {"model": settings.model, "method": settings.method.value}
-        metrics |= {"held_out": held_out, "training": training, **run.circumstances(data_sha256)}
-        metrics |= {} if utility is None else {"utility": utility}
+        metrics |= {"held_out": held_out, **utility, "training": training, **run.circumstances(data_sha256)}
         metrics["seconds"] = time.perf_counter() - started
         held_out_texts = run.reported.prompt_of, run.reported.raw
         with clear_disk_errors(folder.path, "the result could not be written; the checkpoints are kept"):
@@ -349,6 +349,8 @@ class AlignmentRun:
             lines.append(
                 f"memory holds {self.rows_per_pass} row(s) a pass instead of {planned}; the steps are the same"
             )
+        if data.get("without_order"):
+            lines.append(f"{data['without_order']} labelled prompts are left out: their units are all worth the same")
         if data["overlong_split"] or data["overlong_dropped"]:
             lines.append(
                 f"longer than {self.texts.row_length} tokens: {data['overlong_split']} records split, "

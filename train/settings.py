@@ -188,9 +188,8 @@ class ObjectiveSettings:
         ranking: weight of ranking the words that the target would keep above those that it would drop.
         divergence: weight of the KL divergence from the target's likeliest tokens; small LM and target share a
             vocabulary.
-        utility: weight of ordering the units of labelled prompts by their utility for the target's answer.
-        question_dropped: share of the labelled prompts that are read without their question, so that units can be
-            scored without one, too.
+        utility: weight of ordering the units of labelled prompts by their use for the target's answer.
+        question_dropped: share of the labelled prompts that are read without their question.
         target: the target LLM if it can be loaded here (an alias, a folder or a hub id): it reads the texts before
             training. Labels have to be of this target, if it is named.
         log_probabilities: parquet file of the target's log-probabilities of the records' texts, where it cannot be
@@ -373,12 +372,11 @@ class AlignSettings:
             ),
             (
                 self.evaluation.metric is Metric.KEPT_OVERLAP and not self.objective.compares,
-                "evaluation.metric=kept_overlap compares with the target; give objective.matching, ranking or "
-                "divergence a weight, or choose another metric",
+                "evaluation.metric=kept_overlap compares with the target; give objective.matching a weight",
             ),
             (
                 self.evaluation.metric is Metric.UTILITY and not self.objective.utility,
-                "evaluation.metric=utility needs scores of units; give objective.utility a weight or choose another",
+                "evaluation.metric=utility needs scores of units; give objective.utility a weight",
             ),
             *_out_of_bounds("", self, seed=_FROM_0, log_every=_FROM_1, save_every=_FROM_1),
         )

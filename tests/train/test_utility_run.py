@@ -137,7 +137,10 @@ def test_runs_made_before_are_still_known() -> None:
         ("data.records={records}", "objective.utility learns from labelled prompts, and data.records holds none"),
         ("data.records={flat}", "none of the labelled prompts that are trained on can be used: "),
         ("data.records={single}", "single.jsonl:1: the prompt has 1 unit; expected 2 to "),
-        ("evaluation.metric=kept_overlap", "evaluation.metric=kept_overlap compares with the target; give objective."),
+        (
+            "evaluation.metric=kept_overlap",
+            "evaluation.metric=kept_overlap compares with the target; give objective.matching",
+        ),
     ],
 )
 def test_mistakes_take_one_sentence(
