@@ -139,7 +139,7 @@ def test_runs_made_before_are_still_known() -> None:
         ("data.records={single}", "single.jsonl:1: the prompt has 1 unit; expected 2 to "),
         (
             "evaluation.metric=kept_overlap",
-            "evaluation.metric=kept_overlap compares with the target; give objective.matching",
+            "evaluation.metric=kept_overlap compares with the target; give",
         ),
     ],
 )
