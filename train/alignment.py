@@ -23,7 +23,7 @@ from terselm.progress import say
 from terselm.train.callbacks import logged_as
 from terselm.train.fitting import DryRunEstimate, fewer_rows, find_fitting, is_out_of_memory
 from terselm.train.hardware import apply_engine, join_processes, pick_precision, quieten_libraries, share_out_cores
-from terselm.train.held_out import HeldOutText, compare_scores, score_held_out
+from terselm.train.held_out import HeldOutText, compare_scores, kept_overlap_with_target, score_held_out
 from terselm.train.held_out_labels import (
     HeldOutLabels,
     UnitReadings,
@@ -132,14 +132,14 @@ def _attempt(run: AlignmentRun, data_sha256: str, tell: Callable[[str], None], *
         "resumed": checkpoint is not None,
     }
     held_out = compare_scores(run.reported, before, run.score(run.reported), settings.seed)
-    utility = None
+    utility = {}
     if units_before is not None:
-        utility = compare_rankers(run.reported_labels, units_before, run.read_units(run.reported_labels), settings.seed)
+        after = run.read_units(run.reported_labels)
+        utility = {"utility": compare_rankers(run.reported_labels, units_before, after, settings.seed)}
     weights = gather_trained(run.model, keep=run.state.is_main_process)
     if run.state.is_main_process:
         metrics: dict[str, Any] = {"model": settings.model, "method": settings.method.value}
-        metrics |= {"held_out": held_out, "training": training, **run.circumstances(data_sha256)}
-        metrics |= {} if utility is None else {"utility": utility}
+        metrics |= {"held_out": held_out, **utility, "training": training, **run.circumstances(data_sha256)}
         metrics["seconds"] = time.perf_counter() - started
         held_out_texts = run.reported.prompt_of, run.reported.raw
         with clear_disk_errors(folder.path, "the result could not be written; the checkpoints are kept"):
@@ -254,7 +254,9 @@ class AlignmentRun:
         """Let the trainer choose the best weights by the held-out text that was set apart for it."""
         if self.settings.metric is Metric.UTILITY and (labels := self.choosing_labels) is not None:
             self.trainer.choose_by = lambda: rank_correlation(labels, self.read_units(labels).scores)
-        elif (chosen := self.choosing) is not None:
+        elif (chosen := self.choosing) is not None and self.settings.metric is Metric.KEPT_OVERLAP:
+            self.trainer.choose_by = lambda: kept_overlap_with_target(self.model, chosen, **self._passes())
+        elif chosen is not None:
             self.trainer.choose_by = lambda: chosen.bits_per_byte(self.score(chosen))
 
     @property
@@ -277,14 +279,7 @@ class AlignmentRun:
         Raises:
             ModelError: they are not finite.
         """
-        nats = score_held_out(
-            self.model,
-            held_out,
-            row_length=self.texts.row_length,
-            rows_per_pass=self.settings.evaluation.rows_per_pass,
-            rank=self.state.process_index,
-            processes=self.state.num_processes,
-        )
+        nats = score_held_out(self.model, held_out, **self._passes())
         if not np.isfinite(nats).all():
             raise ModelError(
                 f"{self.settings.model!r} gives held-out text a probability of zero or NaN; its weights may be "
@@ -299,14 +294,16 @@ class AlignmentRun:
 
     def read_units(self, labels: HeldOutLabels) -> UnitReadings:
         """Scores and surprisals of the units of held-out labelled prompts."""
-        return read_units(
-            self.model,
-            labels,
-            row_length=self.texts.row_length,
-            rows_per_pass=self.settings.evaluation.rows_per_pass,
-            rank=self.state.process_index,
-            processes=self.state.num_processes,
-        )
+        return read_units(self.model, labels, **self._passes())
+
+    def _passes(self) -> dict[str, int]:
+        """How held-out text is read, and by which process."""
+        return {
+            "row_length": self.texts.row_length,
+            "rows_per_pass": self.settings.evaluation.rows_per_pass,
+            "rank": self.state.process_index,
+            "processes": self.state.num_processes,
+        }
 
     def head_facts(self) -> dict[str, str]:
         """What a utility head belongs to, and what it is for."""
@@ -352,6 +349,8 @@ class AlignmentRun:
             lines.append(
                 f"memory holds {self.rows_per_pass} row(s) a pass instead of {planned}; the steps are the same"
             )
+        if data.get("without_order"):
+            lines.append(f"{data['without_order']} labelled prompts are left out: their units are all worth the same")
         if data["overlong_split"] or data["overlong_dropped"]:
             lines.append(
                 f"longer than {self.texts.row_length} tokens: {data['overlong_split']} records split, "

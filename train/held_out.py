@@ -20,7 +20,7 @@ from terselm.data.records import Record, prompt_hash
 from terselm.data.utility import LabelledPrompt
 from terselm.errors import ConfigError
 from terselm.progress import Progress
-from terselm.statistics import CONFIDENCE, RESAMPLES, Floats, ratio
+from terselm.statistics import CONFIDENCE, RATIOS, RESAMPLES, Floats, kept_overlap, most_surprising, ratio
 from terselm.train.examples import EncodedRecords, Example, render_record
 from terselm.train.labelled import documents_hash, plain_text
 from terselm.train.packing import MODEL_INPUTS, collate, pack_lengths
@@ -186,6 +186,32 @@ def read_examples(
     if bar is not None:
         bar.close()
     return found
+
+
+def kept_overlap_with_target(
+    model: Any, held_out: HeldOutText, *, row_length: int, rows_per_pass: int, rank: int, processes: int
+) -> float:
+    """Of the words of responses that the target would keep at 2, 5 and 10×, the share that the model would keep.
+
+    The arguments are those of `score_held_out`; the text has the target's opinion.
+    """
+    sums = np.zeros(2)  # words that both keep, words kept
+    examples = held_out.text.examples
+    readings = read_examples(
+        model, examples, row_length=row_length, rows_per_pass=rows_per_pass, rank=rank, processes=processes
+    )
+    for place, nats, _ in readings:
+        example = examples[place]
+        guide = None if example.guide is None else example.guide.piece(slice(None), own=example.counted)
+        if guide is None or not len(guide.nats):
+            continue
+        words = guide.words[example.counted]
+        ours = np.bincount(words[words >= 0], weights=nats[words >= 0], minlength=len(guide.nats))
+        for times in RATIOS:
+            kept = len(most_surprising(guide.nats, 1 / times))
+            sums += [kept_overlap(ours, guide.nats, 1 / times) * kept, kept]
+    both, kept_by_target = gather_sums(sums, processes)
+    return float(both / kept_by_target) if kept_by_target else 0.0
 
 
 def gather_sums(values: Floats, processes: int) -> Floats:

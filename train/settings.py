@@ -97,7 +97,6 @@ class Metric(StrEnum):
     AUTO = "auto"
     """``utility`` where that is trained, else ``bits_per_byte``."""
     BITS_PER_BYTE = "bits_per_byte"
-    """How well held-out text is predicted."""
     KEPT_OVERLAP = "kept_overlap"
     """How many of the words that the target would keep the small LM keeps: the mean at 2, 5 and 10×."""
     UTILITY = "utility"
@@ -117,8 +116,8 @@ class DataSettings:
     """What is learnt from, and what is held out.
 
     Attributes:
-        records: the target's output, or prompts labelled with utilities: a JSON Lines, Parquet, JSON or CSV file, a
-            folder of a data set, or ``hub:OWNER/NAME``.
+        records: the target's output, or labelled prompts: a JSON Lines, Parquet, JSON or CSV file, a folder of a data
+            set, or ``hub:OWNER/NAME``.
         mixture: in place of ``records``: sources, and how often an epoch sees each of their records. 2 is twice;
             0.5 is half of them, drawn once.
         max_length: tokens in a packed row, the start token of each record included.
@@ -189,9 +188,8 @@ class ObjectiveSettings:
         ranking: weight of ranking the words that the target would keep above those that it would drop.
         divergence: weight of the KL divergence from the target's likeliest tokens; small LM and target share a
             vocabulary.
-        utility: weight of ordering the units of labelled prompts by their utility for the target's answer.
-        question_dropped: share of the labelled prompts that are read without their question, so that units can be
-            scored without one, too.
+        utility: weight of ordering the units of labelled prompts by their use for the target's answer.
+        question_dropped: share of the labelled prompts that are read without their question.
         target: the target LLM if it can be loaded here (an alias, a folder or a hub id): it reads the texts before
             training. Labels have to be of this target, if it is named.
         log_probabilities: parquet file of the target's log-probabilities of the records' texts, where it cannot be
@@ -224,8 +222,8 @@ class ObjectiveSettings:
                 f"{', '.join(asks)} compares with the target; set objective.target to a model that can be loaded here, "
                 "or objective.log_probabilities to a file of what it thinks",
             ),
-            *_out_of_bounds("objective.", self, top_k=_FROM_1, turning_point=_ABOVE_0, near_threshold=_FROM_0),
-            *_out_of_bounds("objective.", self, question_dropped=_SHARE),
+            *_out_of_bounds("objective.", self, question_dropped=_SHARE, top_k=_FROM_1),
+            *_out_of_bounds("objective.", self, turning_point=_ABOVE_0, near_threshold=_FROM_0),
         )
 
     @property
@@ -243,7 +241,7 @@ class OptimisationSettings:
         rows_per_step: packed rows in one optimiser step, over all processes.
         rows_per_pass: packed rows that one process takes through the model at once.
         learning_rate: its peak.
-        head_learning_rate: the peak of the utility head's, which begins at zero.
+        head_learning_rate: the peak of the utility head's.
         schedule: the learning rate after warm-up.
         warmup: share of the steps in which the learning rate rises to its peak, in [0, 1].
         weight_decay: AdamW's, per unit of learning rate.
@@ -263,9 +261,8 @@ class OptimisationSettings:
     def __post_init__(self) -> None:
         _refuse(
             *_out_of_bounds("optimisation.", self, epochs=_ABOVE_0, rows_per_step=_FROM_1, rows_per_pass=_FROM_1),
-            *_out_of_bounds("optimisation.", self, learning_rate=_BELOW_1, warmup=_SHARE),
-            *_out_of_bounds("optimisation.", self, head_learning_rate=_BELOW_1),
-            *_out_of_bounds("optimisation.", self, weight_decay=_FROM_0, max_grad_norm=_FROM_0),
+            *_out_of_bounds("optimisation.", self, learning_rate=_BELOW_1, head_learning_rate=_BELOW_1),
+            *_out_of_bounds("optimisation.", self, warmup=_SHARE, weight_decay=_FROM_0, max_grad_norm=_FROM_0),
         )
 
 
@@ -375,13 +372,11 @@ class AlignSettings:
             ),
             (
                 self.evaluation.metric is Metric.KEPT_OVERLAP and not self.objective.compares,
-                "evaluation.metric=kept_overlap compares with the target; give objective.matching, ranking or "
-                "divergence a weight, or choose another metric",
+                "evaluation.metric=kept_overlap compares with the target; give objective.matching a weight",
             ),
             (
                 self.evaluation.metric is Metric.UTILITY and not self.objective.utility,
-                "evaluation.metric=utility needs scores of units; give objective.utility a weight, or choose another "
-                "metric",
+                "evaluation.metric=utility needs scores of units; give objective.utility a weight",
             ),
             *_out_of_bounds("", self, seed=_FROM_0, log_every=_FROM_1, save_every=_FROM_1),
         )

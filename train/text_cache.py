@@ -12,17 +12,12 @@ import json
 import os
 import shutil
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, overload
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from terselm.data.formats import Format, RecordReader, record_to_object
 from terselm.data.records import Record, is_held_out, prompt_hash, read_records
@@ -30,7 +25,8 @@ from terselm.data.rows import dump_object, read_objects
 from terselm.data.utility import LabelledPrompt
 from terselm.files import atomic_folder, remove_partials
 from terselm.models import cache_folder
-from terselm.train.examples import EncodedRecords, Encoding, Example, GuidanceSource, Guide, UnitLabels, encode_records
+from terselm.train.example_store import ExampleStore, ExampleWriter
+from terselm.train.examples import EncodedRecords, Encoding, GuidanceSource, encode_records
 from terselm.train.labelled import documents_hash, encode_labelled, read_labelled
 from terselm.train.run_folder import clear_disk_errors
 from terselm.train.settings import LossOn, Template
@@ -41,14 +37,6 @@ _AT_ONCE = 1000  # records
 _KEPT_SECONDS = 30 * 24 * 3600
 _COUNTS = ("split", "dropped", "tokens", "counted_tokens")  # of `EncodedRecords`
 _OF_TRAINING = (*_COUNTS, "unguided", "unordered")
-
-_ABOUT = "columns.json"
-_TOKENS = {"ids": "<i4", "counted": "?"}
-_EXAMPLES = {"length": "<i4", "record": "<i8"}
-_OPINIONS = {"words": "<i4", "nats": "<f4", "nat_count": "<i4"}
-_LIKELIEST = {"top_ids": "<i4", "top_logprobs": "<f4"}
-_LABELS = {"ends": "<i4", "values": "<f4", "unit_count": "<i4", "share": "<f8"}
-_KINDS = {**_TOKENS, **_EXAMPLES, **_OPINIONS, **_LIKELIEST, **_LABELS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +65,7 @@ class TextRequest:
         held_out: expected share of the prompts.
         seed: of the split.
         encoding: of the training text, without guidance.
+        held_out_guided: whether the target's opinion on held-out text is asked for, too.
         question_dropped: share of the labelled prompts that are read without their question.
         target: what the target is, so that another one makes other texts; empty without one.
         make_guidance: loads it; only called where the texts have to be made.
@@ -86,6 +75,7 @@ class TextRequest:
     held_out: float
     seed: int
     encoding: Encoding
+    held_out_guided: bool = False
     question_dropped: float = 0.0
     target: str = ""
     make_guidance: Callable[[], GuidanceSource | None] = field(default=lambda: None)
@@ -102,6 +92,8 @@ class TextRequest:
             "rows": [encoding.max_length, encoding.overlong],
             "target": [self.target, encoding.top_k],
         }
+        if self.held_out_guided:
+            parts["held_out"] = ["guided"]
         if any(source.labelled for source in self.sources):
             parts["labels"] = [_LABELS_FORM, self.question_dropped]
         if encoding.template is Template.CHAT:
@@ -196,7 +188,7 @@ def _write(request: TextRequest, folder: Path) -> None:
                     counts[name] += getattr(encoded, name)
             sizes.append(examples)
     about = {**counts, "targets": sorted(targets | label_targets), "label_targets": sorted(label_targets)}
-    about |= {"sizes": sizes, "held_out": _write_held_out(request, held_out, folder)}
+    about |= {"sizes": sizes, "held_out": _write_held_out(request, held_out, folder, encoding.guidance)}
     write_lines(folder / "held_out_labels.jsonl", (label.to_json() for label in held_out_labels))
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
@@ -240,11 +232,15 @@ def _training_records(source: RecordSource, request: TextRequest, held_out: list
             yield record
 
 
-def _write_held_out(request: TextRequest, records: list[Record], folder: Path) -> dict[str, int]:
+def _write_held_out(
+    request: TextRequest, records: list[Record], folder: Path, guidance: GuidanceSource | None
+) -> dict[str, int]:
     encoding = replace(request.encoding, end_id=None, loss_on=LossOn.RESPONSE, every_turn=False)
+    encoding = replace(encoding, guidance=guidance if request.held_out_guided else None)
     encoded = encode_records(records, encoding)
     (folder / "held_out").mkdir()
-    with ExampleWriter(folder / "held_out", guided=False, top_k=0) as writer:
+    guided = encoding.guidance is not None
+    with ExampleWriter(folder / "held_out", guided=guided, top_k=0) as writer:
         writer.append(encoded.examples)
     write_lines(folder / "held_out.jsonl", map(record_to_object, records))
     return {name: getattr(encoded, name) for name in _COUNTS}
@@ -275,151 +271,3 @@ def _read(folder: Path) -> TokenisedTexts:
         if labels.exists()
         else [],
     )
-
-
-class ExampleWriter:
-    """Appends examples to the columns of a folder; a context that closes the files.
-
-    Args:
-        folder: an empty folder.
-        guided: whether the examples hold the target's opinion.
-        top_k: how many likeliest tokens that opinion names.
-        labelled: whether some are of labelled prompts.
-    """
-
-    def __init__(self, folder: Path, *, guided: bool, top_k: int, labelled: bool = False) -> None:
-        self._folder = folder
-        self._top_k = top_k
-        self._names = [*_TOKENS, *_EXAMPLES, *(_OPINIONS if guided else ())]
-        self._names += _LIKELIEST if guided and top_k else ()
-        self._names += _LABELS if labelled else ()
-        self._stack = ExitStack()
-        self._files: dict[str, BinaryIO] = {}
-
-    def __enter__(self) -> ExampleWriter:
-        for name in self._names:
-            self._files[name] = self._stack.enter_context((self._folder / name).open("wb"))
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._stack.close()
-        about = {"columns": self._names, "top_k": self._top_k}
-        (self._folder / _ABOUT).write_text(json.dumps(about), encoding="utf-8")
-
-    def append(self, examples: Iterable[Example]) -> None:
-        for example in examples:
-            columns = {
-                "ids": example.ids,
-                "counted": example.counted,
-                "length": np.asarray([len(example)]),
-                "record": np.asarray([example.record]),
-            }
-            if (guide := example.guide) is not None:
-                columns |= {"words": guide.words, "nats": guide.nats, "nat_count": np.asarray([len(guide.nats)])}
-                if guide.top_ids is not None and guide.top_logprobs is not None:
-                    columns |= {"top_ids": guide.top_ids, "top_logprobs": guide.top_logprobs}
-            labels = example.labels or _UNLABELLED
-            columns |= {"ends": labels.ends, "values": labels.values, "share": np.asarray([labels.share])}
-            columns["unit_count"] = np.asarray([len(labels.ends)])
-            for name in self._names:
-                self._files[name].write(np.ascontiguousarray(columns[name], dtype=_KINDS[name]).tobytes())
-
-
-_UNLABELLED = UnitLabels(ends=np.zeros(0, dtype=np.int32), values=np.zeros(0, dtype=np.float32), share=0.0)
-
-
-class _LazyExamples(Sequence[Example]):
-    """Reads an example when it is asked for."""
-
-    @abstractmethod
-    def example(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        places = range(len(self))[index]
-        return self.example(places) if isinstance(places, int) else [self.example(place) for place in places]
-
-
-class ExampleStore(_LazyExamples):
-    """What an `ExampleWriter` wrote.
-
-    Attributes:
-        lengths: ``(examples,)`` int64, tokens.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-        self._columns = {name: _mapped(folder / name) for name in about["columns"]}
-        for name in _LIKELIEST.keys() & self._columns.keys():
-            self._columns[name] = self._columns[name].reshape(-1, about["top_k"])
-        self.lengths: NDArray[np.int64] = self._columns["length"].astype(np.int64)
-        self._starts = _starts(self.lengths)
-        if "nats" in self._columns:
-            self._nat_starts = _starts(self._columns["nat_count"])
-        if "ends" in self._columns:
-            self._unit_starts = _starts(self._columns["unit_count"])
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def counted(self) -> NDArray[np.int64]:
-        """``(examples,)``: counted tokens of each."""
-        if not len(self):
-            return np.zeros(0, dtype=np.int64)
-        return np.add.reduceat(self._columns["counted"], self._starts[:-1], dtype=np.int64)
-
-    @property
-    def labelled(self) -> int:
-        """Examples with labelled units."""
-        return int(np.count_nonzero(self._columns["unit_count"])) if "unit_count" in self._columns else 0
-
-    def example(self, index: int) -> Example:
-        tokens = slice(self._starts[index], self._starts[index + 1])
-        return Example(
-            ids=self._columns["ids"][tokens].astype(np.int64),
-            counted=np.array(self._columns["counted"][tokens]),
-            record=int(self._columns["record"][index]),
-            guide=self._guide(index, tokens) if "nats" in self._columns else None,
-            labels=self._labels(index) if "ends" in self._columns else None,
-        )
-
-    def _labels(self, index: int) -> UnitLabels | None:
-        units = slice(self._unit_starts[index], self._unit_starts[index + 1])
-        if units.start == units.stop:
-            return None
-        ends, values = (np.array(self._columns[name][units]) for name in ("ends", "values"))
-        return UnitLabels(ends=ends, values=values, share=float(self._columns["share"][index]))
-
-    def _guide(self, index: int, tokens: slice) -> Guide:
-        part = {name: np.array(self._columns[name][tokens]) for name in _LIKELIEST if name in self._columns}
-        nats = self._columns["nats"][self._nat_starts[index] : self._nat_starts[index + 1]]
-        return Guide(words=np.array(self._columns["words"][tokens]), nats=np.array(nats), **part)
-
-
-class StoredRow(_LazyExamples):
-    """A packed row that reads its examples when it is asked for them."""
-
-    def __init__(self, store: ExampleStore, places: Sequence[int]) -> None:
-        self._store = store
-        self._places = places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def example(self, index: int) -> Example:
-        return self._store.example(self._places[index])
-
-
-def _mapped(path: Path) -> NDArray[np.generic]:
-    kind = np.dtype(_KINDS[path.name])
-    if not path.stat().st_size:  # nothing can be mapped
-        return np.zeros(0, dtype=kind)
-    return np.memmap(path, dtype=kind, mode="r")
-
-
-def _starts(lengths: NDArray[np.generic]) -> NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])

@@ -17,14 +17,15 @@ from terselm.data.rows import HUB
 from terselm.errors import ConfigError, DataFormatError
 from terselm.extras import first_line
 from terselm.models import ALIASES, CausalLM, load_causal_lm, resolve
+from terselm.train.example_store import StoredRow
 from terselm.train.examples import EncodedRecords, Encoding, GuidanceSource
 from terselm.train.held_out import HeldOutText
 from terselm.train.held_out_labels import HeldOutLabels
 from terselm.train.labelled import holds_labels
 from terselm.train.packing import Row, pack_lengths
 from terselm.train.provenance import file_sha256, folder_sha256
-from terselm.train.settings import AlignSettings, DataSettings, ObjectiveSettings, Template
-from terselm.train.text_cache import RecordSource, StoredRow, TextRequest, TokenisedTexts, tokenised
+from terselm.train.settings import AlignSettings, DataSettings, Metric, ObjectiveSettings, Template
+from terselm.train.text_cache import RecordSource, TextRequest, TokenisedTexts, tokenised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +187,7 @@ def _request(settings: AlignSettings, lm: CausalLM, sources: list[RecordSource])
         held_out=settings.evaluation.held_out,
         seed=settings.seed,
         encoding=encoding,
+        held_out_guided=settings.metric is Metric.KEPT_OVERLAP,
         question_dropped=settings.objective.question_dropped,
         target=_describe_target(settings.objective, lm),
         make_guidance=lambda: _load_guidance(settings.objective, lm),

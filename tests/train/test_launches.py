@@ -47,6 +47,33 @@ assert all(torch.equal(found[name], whole[name]) for name in whole)
 """
 
 
+# Two processes share out a utility head, load another one's weights into it, and gather it again.
+SHARED_HEAD = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig
+from terselm.train.model import add_head, gather_trained, head_of, load_head, save_head
+
+dist.init_process_group("gloo", rank=int(sys.argv[1]), world_size=2, init_method=f"file://{sys.argv[2]}")
+stored = {"weight": torch.arange(10.0), "bias": torch.tensor([3.0])}
+folder = Path(f"{sys.argv[2]}-{sys.argv[1]}")
+folder.mkdir()
+save_head(folder, stored, {})
+lm = torch.nn.Module()
+lm.config, lm.device = LlamaConfig(hidden_size=10, num_attention_heads=1), torch.device("cpu")
+add_head(lm, seed=0)
+fully_shard(lm, mesh=init_device_mesh("cpu", (2,)))
+assert head_of(lm).weight.to_local().numel() < 10
+load_head(lm, folder)
+found = gather_trained(head_of(lm))
+assert found.keys() == stored.keys() and all(torch.equal(found[name], stored[name]) for name in stored), found
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed")
 @pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed builds its CPU operators with g++")
@@ -76,8 +103,9 @@ def test_zero_trains_and_publishes(make_script: MakeScript, finished: Script, tm
 
 
 @pytest.mark.slow
-def test_weights_shared_out_by_fsdp_are_gathered(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", GATHER]
+@pytest.mark.parametrize("code", [GATHER, SHARED_HEAD], ids=["model", "head"])
+def test_weights_shared_out_by_fsdp_are_gathered(tmp_path: Path, code: str) -> None:
+    command = [sys.executable, "-c", code]
     processes = [subprocess.Popen([*command, str(rank), str(tmp_path / "meeting")]) for rank in range(2)]
     assert [process.wait(120) for process in processes] == [0, 0]
 

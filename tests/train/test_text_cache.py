@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from terselm.errors import ConfigError, DataFormatError
 from terselm.models import CausalLM, load_causal_lm
 from terselm.train import text_cache
+from terselm.train.example_store import ExampleStore, ExampleWriter
 from terselm.train.examples import Example, Guide
 from terselm.train.packing import pack_examples
 from terselm.train.settings import AlignSettings, DataSettings, EvaluationSettings, Overlong
-from terselm.train.text_cache import ExampleStore, ExampleWriter, RecordSource
+from terselm.train.text_cache import RecordSource
 from terselm.train.texts import Texts, examples_of_epoch, prepare_texts
 
 

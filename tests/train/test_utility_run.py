@@ -137,7 +137,10 @@ def test_runs_made_before_are_still_known() -> None:
         ("data.records={records}", "objective.utility learns from labelled prompts, and data.records holds none"),
         ("data.records={flat}", "none of the labelled prompts that are trained on can be used: "),
         ("data.records={single}", "single.jsonl:1: the prompt has 1 unit; expected 2 to "),
-        ("evaluation.metric=kept_overlap", "evaluation.metric=kept_overlap compares with the target; give objective."),
+        (
+            "evaluation.metric=kept_overlap",
+            "evaluation.metric=kept_overlap compares with the target; give",
+        ),
     ],
 )
 def test_mistakes_take_one_sentence(
@@ -166,3 +169,14 @@ def test_mistakes_take_one_sentence(
 def test_a_run_without_utility_has_no_head(finished: Script) -> None:
     assert not (finished.run / "adapter" / FILES[1]).exists()
     assert "utility" not in finished.metrics()
+
+
+def test_the_best_weights_by_kept_words(make_script: MakeScript, tmp_path: Path, tiny_model: Path) -> None:
+    """Towards the base itself, which keeps what it keeps before anything is trained."""
+    script = make_script(tmp_path)
+    options = ["objective.nll=0", "objective.matching=1", f"objective.target={tiny_model}", "tracker=none"]
+    options += ["evaluation.every=5", "evaluation.metric=kept_overlap", "optimisation.epochs=2", "save_every=5"]
+    assert main([*script.command()[1:], *options]) == 0
+    history = script.metrics()["choice_history"]
+    assert history
+    assert all(0.9 < entry["eval_kept_overlap"] <= 1 for entry in history)

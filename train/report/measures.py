@@ -205,7 +205,7 @@ def utility_table(utility: dict[str, Any]) -> list[str]:
     lines += [
         "",
         f"Units: {utility['units']:,} of {utility['prompts']} held-out labelled prompts, by their utility for "
-        f"the answers of {', '.join(f'`{target}`' for target in utility['targets'])}. Means over prompts with 95% intervals.",
+        f"{', '.join(f'`{target}`' for target in utility['targets'])}. Means over prompts with 95% intervals.",
     ]
     return lines
 
