@@ -39,6 +39,14 @@ def test_first_weights_are_the_same_for_a_seed() -> None:
     assert UtilityHead(16).bias.item() == 0
 
 
+def test_equal_heads_are_equal_files(tmp_path: Path) -> None:
+    facts = {"base": "a", "target": "b", "for": "c", "and": "d"}
+    for name in "one", "two", "three":
+        (tmp_path / name).mkdir()
+        UtilityHead(8).save(tmp_path / name, facts)
+    assert len({path.read_bytes() for path in tmp_path.glob(f"*/{HEAD_WEIGHTS}")}) == 1
+
+
 def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     head = UtilityHead(16, seed=5)
     head.save(tmp_path, {"base": "smollm2-135m", "target": "qwen"})

@@ -6,6 +6,7 @@ plain safetensors beside the weights that it was trained with; a folder without 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from terselm.errors import CheckpointError
 from terselm.extras import first_line
 
 HEAD_WEIGHTS = "utility_head.safetensors"
+_FACTS = "terselm"  # key of the file's metadata: a JSON object
 
 
 class UtilityHead(torch.nn.Module):
@@ -55,7 +57,8 @@ class UtilityHead(torch.nn.Module):
         from safetensors.torch import save_file
 
         weights = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, folder / HEAD_WEIGHTS, metadata={"format": "pt", **facts})
+        # One entry: safetensors writes several in a random order, and equal runs are to give equal files.
+        save_file(weights, folder / HEAD_WEIGHTS, metadata={_FACTS: json.dumps(facts, sort_keys=True)})
 
     @classmethod
     def load(cls, folder: Path, hidden_size: int, *, base: str | None = None) -> UtilityHead:
@@ -97,13 +100,12 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-            facts = dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
+            facts = json.loads((file.metadata() or {}).get(_FACTS, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({first_line(error)}); it is damaged") from None
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     if set(shapes) != {"weight", "bias"} or len(shapes["weight"]) != 1 or shapes["bias"] != ():
         raise CheckpointError(f"{path} holds {shapes}; expected a weight of one dimension and a bias of none")
     if not all(bool(value.isfinite().all()) for value in weights.values()):
         raise CheckpointError(f"{path} holds numbers that are not finite; train the head again")
-    facts.pop("format", None)
     return weights, facts
