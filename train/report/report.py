@@ -206,7 +206,7 @@ def _draw_page(report: dict[str, Any], loss_history: list[dict[str, Any]], path:
     from matplotlib.figure import Figure  # without pyplot: no display, no state
 
     rows = 1 + (report["words"] is not None) + (report["utility"] is not None)
-    figure = Figure(figsize=(10, 4 * rows + 0.8), layout="constrained")
+    figure = Figure(figsize=(12, 4 * rows + 0.8), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False)
     bits, losses = axes[0]
     measure = report["bits_per_byte"]
@@ -259,8 +259,8 @@ def _plot_rankers(axes: Any, utility: dict[str, Any], measures: Sequence[str]) -
     axes.set_yticks(range(len(measures)), [UTILITY_LABELS[measure] for measure in measures])
     axes.invert_yaxis()
     axes.axvline(0, color=_INK, linewidth=0.8)
-    axes.set_xlabel(f"mean over {utility['prompts']} held-out labelled prompts (95% interval)")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_xlabel(f"{utility['prompts']} held-out labelled prompts (95% interval)")
+    axes.legend(frameon=False, fontsize=8, ncols=len(rankers), loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def _plot_gap_closed(axes: Any, measures: dict[str, Any]) -> None:
