@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+
+def pytest_sessionstart() -> None:
+    """Test files are modules without packages: of two with one name pytest loads but one, and says so at the end."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    if twice := [name for name, count in names.items() if count > 1]:
+        pytest.exit(f"several test files are called {', '.join(twice)}; give each a name of its own", returncode=2)
 
 
 @pytest.fixture(autouse=True)
