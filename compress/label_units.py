@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ from terselm.compress.layout import cut_units, merge_lines, merge_sentences
 from terselm.compress.prompt import Prompt
 from terselm.compress.settings import UnitKind
 from terselm.data.collection.label_plan import PromptToLabel
-from terselm.data.rows import Json, read_rows
+from terselm.data.rows import Json, each_once, read_rows
 from terselm.data.utility import MOST_UNITS, CutPrompt, Unit
 from terselm.errors import DataFormatError, PromptError
 
@@ -87,21 +87,19 @@ def read_prompts_to_label(source: str | Path) -> list[PromptToLabel]:
         ConfigError: a package is missing, or the data set cannot be loaded.
         DataFormatError: a bad row, an id that came before, or no rows.
     """
+    return each_once(source, _prompts(source), "prompts")
+
+
+def _prompts(source: str | Path) -> Iterator[tuple[int, PromptToLabel]]:
     from terselm.compress.bulk.rows import prompt_of  # with which torch comes
 
-    found: dict[str, PromptToLabel] = {}
     for number, row in read_rows(source):
         try:
             prompt = label_units(prompt_of(row))
             one = PromptToLabel(id=str(row.get("id", number)), prompt=prompt, answer=_answer(row))
         except (PromptError, ValueError) as error:
             raise DataFormatError(source, number, str(error)) from None
-        if one.id in found:
-            raise DataFormatError(source, number, f"id {one.id!r} came before")
-        found[one.id] = one
-    if not found:
-        raise DataFormatError(source, None, "holds no prompts")
-    return list(found.values())
+        yield number, one
 
 
 def _answer(row: Json) -> str | None:

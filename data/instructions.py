@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from terselm.data.formats import RecordReader, detect_format, message_to_object, messages_of, turns_of
-from terselm.data.rows import Json, dump_object, read_objects, read_rows
+from terselm.data.rows import Json, dump_object, each_once, read_objects, read_rows
 from terselm.data.schema import (
     Message,
     PlainText,
@@ -100,20 +100,17 @@ def load_texts(source: str) -> list[PlainText]:
         ConfigError: a package is missing, or the data set cannot be loaded.
         DataFormatError: a bad row, an id that came before, or no rows.
     """
-    texts: dict[str, PlainText] = {}
+    return each_once(source, _texts(source), "texts")
+
+
+def _texts(source: str) -> Iterator[tuple[int, PlainText]]:
     reader: RecordReader | None = None
     for number, row in read_rows(source):
         if "text" in row:
-            text = PlainText(id=str(row.get("id", number)), text=_at(source, number, _text, row))
+            yield number, PlainText(id=str(row.get("id", number)), text=_at(source, number, _text, row))
         else:
             reader = reader or RecordReader(_at(source, number, detect_format, row))
-            text = record_text(_at(source, number, reader.record, row))
-        if text.id in texts:
-            raise DataFormatError(source, number, f"id {text.id!r} came before")
-        texts[text.id] = text
-    if not texts:
-        raise DataFormatError(source, None, "holds no texts")
-    return list(texts.values())
+            yield number, record_text(_at(source, number, reader.record, row))
 
 
 def write_instructions(path: Path | str, instructions: Iterable[Instruction]) -> None:

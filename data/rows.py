@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from terselm.errors import ConfigError, DataFormatError
 from terselm.extras import first_line, need
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 Json = dict[str, Any]
+
+
+class HasId(Protocol):
+    """What rows become that are known by an id."""
+
+    @property
+    def id(self) -> str: ...
+
+
+Identified = TypeVar("Identified", bound=HasId)
 
 HUB = "hub:"
 ROWS_AT_ONCE = 1024  # of Parquet
@@ -69,6 +79,26 @@ def read_objects(path: Path) -> Iterator[tuple[int, Json]]:
                     yield number, parse_object(path, number, line)
     except OSError as error:
         raise DataFormatError(path, None, f"cannot be read: {error.strerror}") from None
+
+
+def each_once(source: str | Path, items: Iterable[tuple[int, Identified]], what: str) -> list[Identified]:
+    """What the rows of a source became, in order.
+
+    Args:
+        items: number of the row, and what it became.
+        what: these are, for complaints.
+
+    Raises:
+        DataFormatError: an id that came before, or no rows.
+    """
+    found: dict[str, Identified] = {}
+    for number, item in items:
+        if item.id in found:
+            raise DataFormatError(source, number, f"id {item.id!r} came before")
+        found[item.id] = item
+    if not found:
+        raise DataFormatError(source, None, f"holds no {what}")
+    return list(found.values())
 
 
 def parse_object(path: Path, number: int, line: bytes) -> Json:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from terselm.data.rows import Json, dump_object, read_objects
+from terselm.data.rows import Json, dump_object, each_once, read_objects
 from terselm.data.schema import check_count, check_text
 from terselm.errors import DataFormatError
 from terselm.files import atomic_file
@@ -201,15 +201,8 @@ def read_labels(path: Path | str) -> list[LabelledPrompt]:
         DataFormatError: no such file, none in it, a bad line, or an id that came before.
     """
     path = Path(path)
-    labels: dict[str, LabelledPrompt] = {}
-    for number, value in read_objects(path):
-        label = LabelledPrompt.from_json(value, path, number)
-        if label.id in labels:
-            raise DataFormatError(path, number, f"id {label.id!r} came before")
-        labels[label.id] = label
-    if not labels:
-        raise DataFormatError(path, None, "holds no labelled prompts")
-    return list(labels.values())
+    labels = ((number, LabelledPrompt.from_json(value, path, number)) for number, value in read_objects(path))
+    return each_once(path, labels, "labelled prompts")
 
 
 def write_labels(path: Path | str, labels: Iterable[LabelledPrompt]) -> int:

@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from terselm.compress.length import plain_backend
+from terselm.compress.selection import standardised
 from terselm.compress.utility import UtilityWindow, question_before, utility_windows
 from terselm.data.records import is_held_out
 from terselm.data.rows import read_rows
 from terselm.data.utility import LabelledPrompt, is_labelled
 from terselm.errors import ContextLengthError
-from terselm.statistics import Floats, Ints
+from terselm.statistics import Ints
 from terselm.train.examples import (
     SEPARATOR,
     EncodedRecords,
@@ -55,7 +56,8 @@ def holds_labels(source: str) -> bool:
         ConfigError: as `read_rows`.
         DataFormatError: likewise.
     """
-    return any(is_labelled(value) for _, value in _first(source))
+    first = next(read_rows(source), None)
+    return first is not None and is_labelled(first[1])
 
 
 def read_labelled(source: str) -> Iterator[LabelledPrompt]:
@@ -114,13 +116,6 @@ def encode_labelled(
 def has_order(label: LabelledPrompt) -> bool:
     """Whether its utilities say anything: two of them differ."""
     return len(set(label.utility)) > 1
-
-
-def standardised(utility: Sequence[float]) -> Floats:
-    """Of mean 0 and variance 1; zeros where all are the same."""
-    values: Floats = np.asarray(utility, dtype=np.float64)
-    spread = float(values.std())
-    return np.asarray((values - values.mean()) / (spread or 1.0))
 
 
 def read_prompts(
@@ -234,7 +229,7 @@ def _examples(
 ) -> ReadPrompt:
     """Tokens that windows share count in the first of them."""
     owners, places = text.owners()
-    values = standardised(label.utility).astype(np.float32)
+    values = standardised(np.asarray(label.utility)).astype(np.float32)
     asked = len(text.question.ids)
     examples, their_owners = [], []
     seen = 0
@@ -261,9 +256,3 @@ def _tokens(backend: Any, text: str) -> TokenSpans:
     encoding = backend.encode(text, add_special_tokens=False)
     spans: NDArray[np.int64] = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
     return TokenSpans(np.asarray(encoding.ids, dtype=np.int64), spans)
-
-
-def _first(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for row in read_rows(source):
-        yield row
-        return

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, linear_regression, stdev
+from typing import TypeVar
 
 from terselm.data.collection.admission import PromptSizes, prompt_bytes
 from terselm.data.collection.collect import ask, open_run, plan_collection, still_waiting
@@ -21,6 +22,7 @@ BYTES_PER_TOKEN = 4.0  # of English, where nothing better is known
 _TWO_SIDED = 1.96  # standard errors in a 95% interval
 _LEAST = 8  # answers from which a mean is worth something
 _Known = tuple[Request, Use]  # an answered request
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,20 +108,30 @@ def estimate_requests(
         prompt_basis=basis,
         prompt_tokens=prompt,
         completion_tokens=completion,
-        cost=Guess(
-            expected=_cost(price, prompt.expected, completion.expected),
-            low=_cost(price, prompt.low, completion.low),
-            high=_cost(price, prompt.high, completion.high),
-            at_most=price.cost(round(prompt.at_most), round(completion.at_most)),
-        ),
+        cost=cost_of(price, prompt, completion),
     )
 
 
-def _spread(waiting: Sequence[Request], count: int, seed: int) -> list[Request]:
-    """A systematic sample: answers to the same kind of prompt are alike in length, so it takes its share of each."""
-    ordered = sorted(waiting, key=lambda r: (r.temperature, r.instruction.category or "", _bytes(r), r.id))
+def cost_of(price: Price, prompt: Guess, completion: Guess) -> Guess:
+    """Of tokens read and written."""
+    return Guess(
+        expected=_cost(price, prompt.expected, completion.expected),
+        low=_cost(price, prompt.low, completion.low),
+        high=_cost(price, prompt.high, completion.high),
+        at_most=price.cost(round(prompt.at_most), round(completion.at_most)),
+    )
+
+
+def systematic_sample(ordered: Sequence[Item], count: int, seed: int) -> list[Item]:
+    """As many, or all, at equal distances from a random start: what is alike stands together and takes its share."""
     count, start = min(count, len(ordered)), random.Random(seed).random()
     return [ordered[int((index + start) * len(ordered) / count)] for index in range(count)]
+
+
+def _spread(waiting: Sequence[Request], count: int, seed: int) -> list[Request]:
+    """Answers to the same kind of prompt are alike in length."""
+    ordered = sorted(waiting, key=lambda r: (r.temperature, r.instruction.category or "", _bytes(r), r.id))
+    return systematic_sample(ordered, count, seed)
 
 
 def _cost(price: Price, prompt: float | None, completion: float | None) -> float | None:

@@ -7,7 +7,6 @@ others, or roughly.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,14 @@ from statistics import fmean
 from terselm.data.collection.admission import PromptSizes, prompt_bytes
 from terselm.data.collection.answer_scores import rendered_ids
 from terselm.data.collection.collect import open_ledger
-from terselm.data.collection.estimate import BYTES_PER_TOKEN, CostEstimate, Guess, estimate_requests
+from terselm.data.collection.estimate import (
+    BYTES_PER_TOKEN,
+    CostEstimate,
+    Guess,
+    cost_of,
+    estimate_requests,
+    systematic_sample,
+)
 from terselm.data.collection.label_plan import AnswerQuestion, PromptToLabel, in_groups
 from terselm.data.collection.labelling import Labelling
 from terselm.data.collection.labels import plan_labels
@@ -124,10 +130,8 @@ def _message(question: AnswerQuestion) -> list[Message]:
 
 
 def _spread(prompts: Sequence[PromptToLabel], count: int, seed: int) -> list[PromptToLabel]:
-    """A systematic sample: each length takes its share."""
-    ordered = [one for group in in_groups(prompts, _AT_ONCE) for one in group]
-    count, start = min(count, len(ordered)), random.Random(seed).random()
-    return [ordered[int((index + start) * len(ordered) / count)] for index in range(count)]
+    """Of every length."""
+    return systematic_sample([one for group in in_groups(prompts, _AT_ONCE) for one in group], count, seed)
 
 
 def _sum(answers: CostEstimate, sizes: _Sizes, settings: CollectSettings, price: Price) -> CostEstimate:
@@ -136,19 +140,13 @@ def _sum(answers: CostEstimate, sizes: _Sizes, settings: CollectSettings, price:
     made = each * sizes.count
     prompt = _plus(answers.prompt_tokens, sizes.tokens)
     completion = _plus(answers.completion_tokens, Guess(expected=made, low=made, high=made, at_most=made))
-    costs = {
-        name: None if read is None or written is None else price.cost(round(read), round(written))
-        for name, read, written in (
-            (name, getattr(prompt, name), getattr(completion, name)) for name in ("expected", "low", "high")
-        )
-    }
     return CostEstimate(
         requests=answers.requests + sizes.count,
         answers_known=answers.answers_known,
         prompt_basis=sizes.basis,
         prompt_tokens=prompt,
         completion_tokens=completion,
-        cost=Guess(**costs, at_most=price.cost(round(prompt.at_most), round(completion.at_most))),
+        cost=cost_of(price, prompt, completion),
     )
 
 

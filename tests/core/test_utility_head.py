@@ -79,3 +79,11 @@ def test_what_is_not_its_own_is_refused(tmp_path: Path) -> None:
     (tmp_path / HEAD_WEIGHTS).write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match=r"cannot be read .* damaged"):
         UtilityHead.load(tmp_path, 16)
+
+
+@pytest.mark.parametrize("facts", ["{", "7", "[1]"])
+def test_facts_that_are_none_are_damage(tmp_path: Path, facts: str) -> None:
+    weights = {"weight": torch.zeros(16), "bias": torch.zeros(())}
+    save_file(weights, tmp_path / HEAD_WEIGHTS, metadata={"terselm": facts})
+    with pytest.raises(CheckpointError, match="damaged"):
+        UtilityHead.load(tmp_path, 16)

@@ -12,7 +12,7 @@ from tiny_labels import label
 from tiny_training import make_model
 
 from terselm.train.examples import Encoding
-from terselm.train.labelled import encode_labelled, read_prompts, standardised
+from terselm.train.labelled import encode_labelled, read_prompts
 from terselm.train.model import add_head
 from terselm.train.packing import MODEL_INPUTS, collate
 from terselm.train.settings import LossOn, Overlong, Template
@@ -50,7 +50,8 @@ def test_a_prompt_is_read_after_its_question_and_scored_at_the_units_ends(encodi
     for found, (number, _, end) in zip(ends, prompt.units, strict=True):
         before = "\n\n".join([*shown[1 : number + 1], shown[number + 1][:end]])
         assert found == f"<s>Question: {prompt.question}\n\n{before}"
-    np.testing.assert_allclose(example.labels.values, standardised(prompt.utility), rtol=1e-6)
+    utility = np.asarray(prompt.utility)
+    np.testing.assert_allclose(example.labels.values, (utility - np.mean(utility)) / np.std(utility), rtol=1e-6)
     assert example.labels.values.mean() == pytest.approx(0, abs=1e-6)
     assert example.labels.share == 1.0
 

@@ -100,8 +100,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-            facts = json.loads((file.metadata() or {}).get(_FACTS, "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
+            facts = dict(json.loads((file.metadata() or {}).get(_FACTS, "{}")))
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({first_line(error)}); it is damaged") from None
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     if set(shapes) != {"weight", "bias"} or len(shapes["weight"]) != 1 or shapes["bias"] != ():
